@@ -1,0 +1,973 @@
+# SPDX-License-Identifier: 0BSD
+"""Server-sent events on Python's own http.server: a reference to run, paste and read.
+
+    python sse_ref.py
+    curl http://localhost:8080            # prints "okay"; the server closes
+    curl -N http://localhost:8080/sse     # prints "data: hi there!"; and stays
+
+An event stream is an HTTP response that does not end. The server answers a GET with
+`Content-Type: text/event-stream`, keeps the connection, and writes a frame of text
+whenever it has something to say. A browser reads it with `new EventSource(url)`, and
+connects again by itself when it ends, naming the last event it has seen.
+
+The text below has five chapters, each resting only on those above it:
+
+    1. The frame        what an event looks like on the wire
+    2. One stream       Client: one open response, and the thread that holds it
+    3. HTTP             SSERequestHandler: what a request is answered
+    4. The server       SSEServer: who is connected, and how it all ends
+    5. Command line     python sse_ref.py
+
+Each request has a thread of its own, as in http.server; it sleeps while its stream is
+idle. Any thread may send to any stream: it hands the bytes to the kernel at once and
+never waits for the reader. What the kernel does not take waits in that stream's
+backlog, and the stream's own thread carries it out.
+
+There is one lock a stream, one in the watch and one in the server. No thread ever
+holds two of them, so there is no order to get wrong.
+
+"Standard" below means HTML's section 9.2, https://html.spec.whatwg.org/#server-sent-events
+"""
+
+from __future__ import annotations
+
+import _thread
+import argparse
+import contextlib
+import errno
+import io
+import logging
+import os
+import re
+import selectors
+import shlex
+import signal
+import socket
+import socketserver
+import struct
+import sys
+import threading
+import time
+from email.message import Message
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from math import inf
+from pathlib import Path
+from typing import Any, Callable, Iterable
+from urllib.parse import parse_qs
+
+__all__ = [
+    "Client",
+    "SSERequestHandler",
+    "SSEServer",
+    "encode_comment",
+    "encode_event",
+]
+
+logger = logging.getLogger("sse_ref")
+
+
+# --- 1. The frame -----------------------------------------------------------------
+
+# Standard, 9.2.5: end-of-line = ( cr lf / cr / lf ). Not str.splitlines(), which also
+# breaks at U+2028, U+0085, form feed and more: those are data.
+_LINE_BREAK = re.compile(r"\r\n|\r|\n")
+
+
+def encode_event(
+    data: str | None = None,
+    *,
+    event: str | None = None,
+    id: str | int | None = None,  # noqa: A002 - the field's name in the standard
+    retry: int | None = None,
+) -> bytes:
+    r"""Return one event as it goes over the wire: a line a field, then a blank line.
+
+    >>> encode_event("one\ntwo", event="news", id=7)
+    b'event: news\nid: 7\ndata: one\ndata: two\n\n'
+
+    `data` is the text of the event; `""` is an event with empty data. `event` is its
+    type ("message" where there is none). `id` becomes the client's last event ID;
+    `""` resets it. `retry` is the reconnection time in milliseconds.
+
+    TypeError: a field is of another type. ValueError: there is no field at all, or a
+    reader would not get back what was given: a line break in `event` or `id`, a NUL
+    in `id`, a negative `retry`, a lone surrogate.
+    """
+    lines = []
+    if event is not None:
+        lines.append(f"event: {_one_line('event', event)}")
+    if retry is not None:
+        # 9.2.6: a retry of anything but ASCII digits is ignored, so is a sign.
+        if not _is_int(retry):
+            raise TypeError(f"retry must be int, not {type(retry).__name__}")
+        if retry < 0:
+            raise ValueError("retry must not be negative")
+        lines.append(f"retry: {retry:d}")
+    if id is not None:
+        text = _one_line("id", f"{id:d}" if _is_int(id) else id)
+        if "\0" in text:  # 9.2.6: an id that contains U+0000 is ignored
+            raise ValueError("id must not contain NUL")
+        lines.append(f"id: {text}")
+    if data is not None:
+        # 9.2.6: the reader joins the data lines of an event with LF.
+        lines += [f"data: {line}" for line in _lines("data", data)]
+    if not lines:
+        raise ValueError("an event needs at least one of data, event, id and retry")
+    return "\n".join([*lines, "", ""]).encode()  # 9.2.5: always UTF-8
+
+
+def encode_comment(text: str = "") -> bytes:
+    """Return `text` as comment lines, which every reader ignores (standard, 9.2.6).
+
+    No blank line follows, so nothing is dispatched. 9.2.7 advises such a comment
+    "every 15 seconds or so", because proxies drop connections that stay silent.
+
+    TypeError: `text` is not str. ValueError: it holds a lone surrogate.
+    """
+    return "".join(f": {line}\n" for line in _lines("a comment", text)).encode()
+
+
+def _lines(name: str, text: object) -> list[str]:
+    if not isinstance(text, str):
+        advice = "; json.dumps() turns other values into one" if name == "data" else ""
+        raise TypeError(f"{name} must be str, not {type(text).__name__}{advice}")
+    return _LINE_BREAK.split(text)
+
+
+def _one_line(name: str, text: object) -> str:
+    line, *more = _lines(name, text)
+    if more:  # it would end the field and start another one
+        raise ValueError(f"{name} must not contain a line break")
+    return line
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _encode_chunk(frames: bytes) -> bytes:
+    # RFC 9112, 7.1. The standard (9.2.7) warns of chunking by a layer that does not
+    # know the timing of the events. This one does: a chunk is what is written at once.
+    return b"%x\r\n%b\r\n" % (len(frames), frames)
+
+
+_LAST_CHUNK = b"0\r\n\r\n"
+_KEEPALIVE = encode_comment("keep-alive")
+
+
+# --- 2. One stream ----------------------------------------------------------------
+
+
+class _Watch:
+    """One thread that watches the sockets of all sleeping clients, and wakes them.
+
+    Why does a request's thread not sleep in a selector of its own? Because another
+    thread that leaves it a backlog would have to wake it, and poll() and select() do
+    not notice a change made while they sleep. A descriptor to wake it by (or an epoll
+    object, which does notice) would make two descriptors a stream.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # of all that follows
+        self._closed = False
+        self._thread: threading.Thread | None = None  # nor the next, until needed
+        self._selector: selectors.BaseSelector
+        self._bell: socket.socket
+        self._button: socket.socket
+
+    def arm(self, client: Client, events: int) -> None:
+        """Wake `client` once, when its socket is ready for one of `events`."""
+        with self._lock:
+            if self._closed or client._armed == events:
+                return
+            if self._thread is None:
+                self._start()
+            if client._armed:
+                self._selector.modify(client._socket, events, client)
+            else:
+                self._selector.register(client._socket, events, client)
+            client._armed = events
+            self._press()  # poll() and select() learn of it only when they next begin
+
+    def disarm(self, client: Client) -> None:
+        """Forget `client`; needed before its socket is closed."""
+        with self._lock:
+            if client._armed and not self._closed:
+                self._selector.unregister(client._socket)
+                client._armed = 0
+
+    def close(self) -> None:
+        """End the thread and give the descriptors back."""
+        with self._lock:
+            if self._closed or self._thread is None:
+                self._closed = True
+                return
+            self._closed = True
+            self._press()
+        self._thread.join()
+        for each in (self._selector, self._bell, self._button):
+            each.close()
+
+    def _start(self) -> None:
+        self._selector = selectors.DefaultSelector()
+        self._bell, self._button = socket.socketpair()
+        self._button.setblocking(False)
+        self._selector.register(self._bell, selectors.EVENT_READ)
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _press(self) -> None:
+        with contextlib.suppress(BlockingIOError):  # full: it will ring all the same
+            self._button.send(b"\0")
+
+    def _run(self) -> None:
+        while not self._closed:
+            for key, _ in self._selector.select():
+                client = key.data
+                if client is None:
+                    self._bell.recv(4096)
+                    continue
+                # Once only: else a client that sends more than we read, or leaves
+                # while its thread is busy, would have us go round and round.
+                self.disarm(client)
+                client._wake()
+
+
+class Client:
+    """One open event stream, as `on_connection` is given it.
+
+    Any thread may use it, but for `wait`, which is for the request's own.
+    """
+
+    stall_timeout = 30.0
+    """Seconds for which a backlog may stand still before its stream is ended."""
+
+    __slots__ = (
+        "_armed",
+        "_backlog",
+        "_callbacks",
+        "_chunked",
+        "_closed",
+        "_keepalive",
+        "_lock",
+        "_max_backlog",
+        "_moved",
+        "_owner",
+        "_query",
+        "_reason",
+        "_sleep",
+        "_socket",
+        "_watch",
+        "_written",
+        "address",
+        "headers",
+        "last_event_id",
+        "path",
+    )
+
+    def __init__(
+        self,
+        handler: BaseHTTPRequestHandler,
+        watch: _Watch,
+        *,
+        chunked: bool,
+        keepalive: float | None,
+        max_backlog: int,
+    ) -> None:
+        self.address: Any = handler.client_address
+        """The peer's address, as `socket.accept` gave it: host, port and so on."""
+        self.headers: Message = handler.headers
+        """The request's header fields."""
+        self.path, self._query = _split_target(handler.path)
+        self.last_event_id = _utf8(self.headers.get("Last-Event-ID", "").strip())
+        """The id of the last event that the client has seen; `""` if none."""
+
+        self._socket = handler.connection
+        self._chunked = chunked
+        self._keepalive = inf if keepalive is None else keepalive
+        self._max_backlog = max_backlog
+        self._owner = threading.get_ident()
+
+        self._lock = threading.Lock()  # of the next six, and of writing at all
+        self._backlog = bytearray()  # what the kernel has not taken yet
+        self._moved = 0.0  # when the kernel last took some of it
+        self._written = time.monotonic()  # when anything was last written
+        self._closed = False  # nothing is to be added to the stream any more
+        self._reason = ""  # why it was we who cut it off, for the log
+        self._callbacks: list[Callable[[Client], object]] = []
+
+        # The own thread sleeps by acquiring a lock that is never free; who wakes it
+        # releases that. (threading.Event does it too, for ten times the memory.)
+        self._sleep = threading.Lock()
+        self._sleep.acquire()
+        self._watch = watch
+        self._armed = 0  # the watch's note: the events it is watching for
+
+    @property
+    def query(self) -> dict[str, list[str]]:
+        """The values of the query string by name, blank ones too."""
+        return parse_qs(self._query, keep_blank_values=True)
+
+    @property
+    def closed(self) -> bool:
+        """True once the stream has ended, by either side."""
+        return self._closed
+
+    def send(
+        self,
+        data: str | None = None,
+        *,
+        event: str | None = None,
+        id: str | int | None = None,  # noqa: A002
+        retry: int | None = None,
+    ) -> None:
+        """Send one event; the arguments are those of `encode_event`.
+
+        From any other thread than the request's own this never waits. In that one it
+        returns when the kernel has all, so a producer is slowed to its reader's pace.
+
+        BrokenPipeError: the stream has ended; let it pass out of `on_connection`.
+        """
+        self._send(encode_event(data, event=event, id=id, retry=retry))
+
+    def comment(self, text: str = "") -> None:
+        """Send `text` as a comment, which readers ignore; else like `send`."""
+        self._send(encode_comment(text))
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Hold the stream open for `timeout` seconds; True as soon as it has ended.
+
+        This is where the backlog moves, the keep-alive is sent and the peer's leaving
+        is noticed, so do your waiting here. None: until the stream ends.
+
+        RuntimeError: called from another thread than the request's own.
+        """
+        if threading.get_ident() != self._owner:
+            raise RuntimeError("wait() is for the request's own thread")
+        deadline = inf if timeout is None else time.monotonic() + timeout
+        while not self._closed:
+            self._turn(deadline)
+            if time.monotonic() >= deadline:
+                break
+        return self._closed
+
+    def close(self) -> None:
+        """End the stream in good order, after all that was sent before.
+
+        From any thread, at any time; returns at once. What is in the backlog is still
+        carried out.
+        """
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            self._backlog += _LAST_CHUNK if self._chunked else b""
+            self._moved = time.monotonic()
+            self._flush()
+        self._wake()
+
+    def on_close(self, callback: Callable[[Client], object]) -> None:
+        """Call `callback(client)` once, in the request's own thread, at the end.
+
+        Where the stream has ended already it is called at once, by this thread.
+        """
+        with self._lock:
+            if not self._closed:
+                self._callbacks.append(callback)
+                return
+        callback(self)
+
+    # --- inside; "(locked)" means that the caller holds the lock ---
+
+    def _send(self, frames: bytes) -> None:
+        self._put(_encode_chunk(frames) if self._chunked else frames)
+        if self._backlog and self._in_own_thread():
+            self._drain()
+            if self._closed:
+                raise BrokenPipeError(errno.EPIPE, "the event stream has ended")
+
+    def _put(self, wire: bytes) -> None:
+        """Write `wire`, if it may still be written."""
+        with self._lock:
+            # Found over the limit by who wants to add more: so a piece larger than
+            # the limit drops nobody who keeps up.
+            if len(self._backlog) > self._max_backlog and not self._in_own_thread():
+                self._lose("it reads too slowly")
+            if not self._closed:
+                self._write(wire)
+            if self._closed:
+                raise BrokenPipeError(errno.EPIPE, "the event stream has ended")
+
+    def _write(self, wire: bytes) -> None:
+        """Hand `wire` to the kernel; what it does not take waits (locked)."""
+        if self._backlog:
+            self._backlog += wire
+            return
+        self._written = time.monotonic()
+        try:
+            sent = self._socket.send(wire)
+        except BlockingIOError:
+            sent = 0
+        except OSError:
+            self._lose()
+            return
+        if sent < len(wire):
+            self._backlog += memoryview(wire)[sent:]
+            self._moved = self._written
+            self._wake()
+
+    def _flush(self) -> None:
+        """Hand the kernel what it takes of the backlog, the FIN at the end (locked).
+
+        One send and no loop: nobody else may write meanwhile.
+        """
+        try:
+            if self._backlog:
+                del self._backlog[: self._socket.send(self._backlog)]
+                self._written = self._moved = time.monotonic()
+            if self._closed and not self._backlog:
+                self._socket.shutdown(socket.SHUT_WR)
+        except BlockingIOError:
+            pass
+        except OSError:
+            self._lose()
+
+    def _listen(self) -> None:
+        """Notice that the peer has left; nothing else it may say matters (locked)."""
+        try:
+            if not self._socket.recv(4096):
+                self._lose()
+        except BlockingIOError:
+            pass
+        except OSError:
+            self._lose()
+
+    def _lose(self, reason: str = "") -> None:
+        """Give the stream up; with a reason it is we who cut it off (locked)."""
+        self._closed = True
+        self._backlog = bytearray()
+        if reason:
+            self._reason = reason
+            # RST instead of FIN: the kernel keeps nothing for a reader that is stuck.
+            with contextlib.suppress(OSError):
+                linger = struct.pack("ii", 1, 0)
+                self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        self._wake()
+
+    def _cut_off(self, reason: str) -> None:
+        """Give up what its reader has not taken; from any thread."""
+        with self._lock:
+            if self._backlog:
+                self._lose(reason)
+
+    def _wake(self) -> None:
+        with contextlib.suppress(RuntimeError):  # it is awake already, or about to be
+            self._sleep.release()
+
+    def _in_own_thread(self) -> bool:
+        return threading.get_ident() == self._owner
+
+    def _drain(self) -> None:
+        """Wait until the backlog is empty, or given up."""
+        while self._backlog:
+            self._turn(inf)
+
+    def _turn(self, until: float) -> None:
+        """Sleep until there is something to see to, at most `until`; see to it.
+
+        All that the own thread can wait for: the peer's leaving, the backlog moving or
+        standing still, the keep-alive, somebody's `close`, the caller's time.
+        """
+        with self._lock:
+            if self._backlog:
+                events = selectors.EVENT_READ | selectors.EVENT_WRITE
+                until = min(until, self._moved + self.stall_timeout)
+            else:
+                events = selectors.EVENT_READ
+                until = min(until, self._written + self._keepalive)
+        self._watch.arm(self, events)
+        seconds = min(max(until - time.monotonic(), 0), threading.TIMEOUT_MAX)
+        self._sleep.acquire(timeout=seconds)
+        with self._lock:
+            self._listen()
+            self._flush()
+            now = time.monotonic()
+            if self._backlog:
+                if now >= self._moved + self.stall_timeout:
+                    self._lose("it has stopped reading")
+            elif now >= self._written + self._keepalive and not self._closed:
+                self._write(_encode_chunk(_KEEPALIVE) if self._chunked else _KEEPALIVE)
+
+    def _end(self) -> None:
+        """Finish the stream, in its own thread; the socket is the caller's to close."""
+        self.close()
+        for callback in self._callbacks:
+            try:
+                callback(self)
+            except Exception:
+                logger.exception("%s: a callback of on_close failed", self.address)
+        self._drain()
+        self._watch.disarm(self)
+        if self._reason:
+            logger.warning("%s: dropped, %s", self.address, self._reason)
+
+
+def _split_target(target: str) -> tuple[str, str]:
+    """Split a request target (RFC 9112, 3.2) into its path and its query string."""
+    origin_form = re.sub(r"^https?://[^/?]*", "", target, flags=re.IGNORECASE)
+    path, _, query = origin_form.partition("?")
+    return f"/{path.lstrip('/')}" if path.startswith("//") else path or "/", query
+
+
+def _utf8(value: str) -> str:
+    """Undo http.server's reading of a header as Latin-1: Last-Event-ID is UTF-8.
+
+    Standard, 9.2.4. What is not UTF-8 stays: Node's fetch sends Latin-1.
+    """
+    try:
+        return value.encode("latin-1").decode()
+    except UnicodeError:
+        return value
+
+
+# --- 3. HTTP ----------------------------------------------------------------------
+
+
+class SSERequestHandler(BaseHTTPRequestHandler):
+    """Answers a GET of the server's path with an event stream, any other with "okay".
+
+    To serve pages of your own beside the stream, override `serve_plain`.
+    """
+
+    server: SSEServer
+
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # an event is not to wait for the one before it
+    wbufsize = -1  # buffered, so that a head leaves together with what follows it
+
+    linger = 1.0
+    """Seconds to wait for the peer's FIN after ours, see `finish`."""
+
+    def do_GET(self) -> None:
+        """Serve the event stream on the server's path, `serve_plain()` elsewhere."""
+        path, _ = _split_target(self.path)
+        if _matches(self.server.path, path):
+            self._serve_stream()
+        else:
+            self.serve_plain()
+
+    def do_HEAD(self) -> None:
+        """Answer with the head that GET would get; `end_headers` drops the rest."""
+        self.do_GET()
+
+    def do_POST(self) -> None:
+        """Refuse a method that neither the stream nor "okay" knows."""
+        text = f"{self.command} is not allowed here, only GET and HEAD are\n"
+        self._answer(HTTPStatus.METHOD_NOT_ALLOWED, text, Allow="GET, HEAD")
+
+    do_PUT = do_PATCH = do_DELETE = do_OPTIONS = do_CONNECT = do_TRACE = do_POST
+
+    def serve_plain(self) -> None:
+        """Answer a GET or HEAD that is not for the event stream; override to serve.
+
+        Write the body as for GET: it is not sent to a HEAD.
+        """
+        self._answer(HTTPStatus.OK, "okay")
+
+    # --- what http.server calls ---
+
+    def version_string(self) -> str:
+        """Return what the Server header says: not which Python this is."""
+        return "sse_ref"
+
+    def send_response(self, code: int, message: str | None = None) -> None:
+        """Begin a head, with the word that the connection is closed after it."""
+        super().send_response(code, message)
+        self.send_header("Connection", "close")
+
+    def end_headers(self) -> None:
+        """End a head; after one that answers HEAD no body follows."""
+        super().end_headers()
+        if self.command == "HEAD":
+            self.wfile.close()
+            self.wfile = Path(os.devnull).open("wb")  # noqa: SIM115
+
+    def send_error(
+        self, code: int, message: str | None = None, explain: str | None = None
+    ) -> None:
+        """Answer with an error in one line of text."""
+        phrase, description = self.responses.get(code, ("", ""))
+        self.log_error("code %d, message %s", code, message or phrase)
+        self._answer(code, f"{explain or message or description}\n")
+
+    def finish(self) -> None:
+        """Close in stages, so that the peer gets the answer (RFC 9112, 9.6).
+
+        To close a socket that holds unread input sends an RST, which may overtake the
+        answer. So: our FIN, then read up to the peer's, and only then close.
+        """
+        super().finish()
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_WR)
+            deadline = time.monotonic() + self.linger
+            while (seconds := deadline - time.monotonic()) > 0:
+                self.connection.settimeout(seconds)
+                if not self.connection.recv(8192):
+                    break
+
+    # --- inside ---
+
+    def _answer(self, status: int, text: str, **headers: str) -> None:
+        body = text.encode()
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        if status != HTTPStatus.NO_CONTENT:  # RFC 9110, 8.6 and 15.3.5: not in a 204
+            self.send_header("Content-Type", "text/plain")
+            self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if status != HTTPStatus.NO_CONTENT:
+            self.wfile.write(body)
+
+    def _serve_stream(self) -> None:
+        if not self._authorized():
+            return
+        self.send_response(HTTPStatus.OK)
+        self.send_header("Content-Type", "text/event-stream")
+        # no-transform: a proxy that compresses would hold events back.
+        self.send_header("Cache-Control", "no-cache, no-transform")
+        self.send_header("X-Accel-Buffering", "no")  # nginx: do not wait for more
+        # Without chunks urllib3 (so requests, sseclient-py) holds events back until
+        # its read size is full. An HTTP/1.0 client, as nginx is, knows none.
+        chunked = self.request_version >= "HTTP/1.1"
+        if chunked:
+            self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        retry = self.server.retry
+        first = b": ok\n\n" if retry is None else encode_event(retry=retry)
+        self.wfile.write(_encode_chunk(first) if chunked else first)
+        self.wfile.flush()
+        if self.command == "GET":
+            self._hold_stream(chunked)
+
+    def _authorized(self) -> bool:
+        answer: object = True
+        if self.server.authorize is not None:
+            try:
+                answer = self.server.authorize(self)
+            except Exception:
+                logger.exception("%s: authorize failed", self.client_address)
+                answer = HTTPStatus.INTERNAL_SERVER_ERROR
+        if answer is True:
+            return True
+        if not isinstance(answer, int) or answer not in range(200, 600):
+            answer = HTTPStatus.FORBIDDEN
+        self._answer(answer, "this event stream was refused by authorize\n")
+        return False
+
+    def _hold_stream(self, chunked: bool) -> None:
+        self.rfile.close()  # their buffers would live as long as the stream
+        self.wfile.close()
+        self.rfile = self.wfile = io.BytesIO()  # http.server still flushes and closes
+        self.linger = 0  # all input will have been read
+        _notice_vanished_peers(self.connection)
+        self.connection.setblocking(False)
+        server = self.server
+        client = Client(
+            self,
+            server._watch,
+            chunked=chunked,
+            keepalive=server.keepalive,
+            max_backlog=server.max_backlog,
+        )
+        server._hold(client)
+
+
+def _matches(pattern: str, path: str) -> bool:
+    """Tell whether `path` is `pattern`, where `*` stands for any characters.
+
+    No regular expression: a path made for it would have several stars backtrack.
+    """
+    first, *others = pattern.split("*")
+    if not others:
+        return path == pattern
+    *middle, last = others
+    position = len(first)
+    for piece in middle:
+        found = path.find(piece, position)
+        if found < 0:
+            return False
+        position = found + len(piece)
+    fits = len(path) - len(last) >= position
+    return fits and path.startswith(first) and path.endswith(last)
+
+
+def _notice_vanished_peers(connection: socket.socket) -> None:
+    """Have the kernel end a connection whose peer has gone without a word.
+
+    It does after about 15 minutes by itself. Sent bytes, such as a keep-alive comment,
+    are to be acknowledged within 30 s; where none are sent, the kernel asks.
+    """
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (
+        ("TCP_USER_TIMEOUT", 30_000),  # milliseconds; the others are in seconds
+        ("TCP_KEEPIDLE", 20),
+        ("TCP_KEEPINTVL", 10),
+        ("TCP_KEEPCNT", 3),
+    ):
+        if hasattr(socket, name):  # not every system has each
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
+# --- 4. The server ----------------------------------------------------------------
+
+
+class SSEServer(ThreadingHTTPServer):
+    """An HTTP server that holds event streams open, each in its request's thread.
+
+    `server_address`: host and port, IPv4 or IPv6; port 0 picks a free one.
+    `on_connection`: called with each new `Client`, in the request's own thread. The
+    stream stays open after it returns; an exception in it is logged and ends that
+    stream. BrokenPipeError, which `send` raises once the client has gone, is no error.
+    `path`: where the stream is; `*` stands for any characters, also for `/`.
+    `authorize`: called with the handler of a request for the stream, in its thread.
+    True lets it in; a status is the answer (204 tells EventSource to stop); anything
+    else is 403.
+    `keepalive`: seconds of silence before a comment is sent; None: never.
+    `retry`: the reconnection time to tell clients, in milliseconds.
+    `max_backlog`: bytes; who asks for more while that much waits for a slow reader
+    ends its stream.
+
+    ValueError, TypeError: an argument makes no sense. OSError: the address is taken, or
+    there is none of that name.
+    """
+
+    request_queue_size = 1024  # socketserver's 5 would have a burst of clients refused
+    closing_grace = 1.0
+    """Seconds that `server_close` gives slow readers to take what they were sent."""
+    closing_timeout = 5.0
+    """Seconds after which `server_close` returns, whatever still runs."""
+
+    def __init__(  # noqa: PLR0913
+        self,
+        server_address: tuple[str, int],
+        on_connection: Callable[[Client], object] | None = None,
+        *,
+        path: str = "/sse",
+        authorize: Callable[[SSERequestHandler], object] | None = None,
+        keepalive: float | None = 15.0,
+        retry: int | None = None,
+        max_backlog: int = 2**20,
+        RequestHandlerClass: type[SSERequestHandler] = SSERequestHandler,  # noqa: N803
+    ) -> None:
+        if isinstance(on_connection, type) and issubclass(
+            on_connection, socketserver.BaseRequestHandler
+        ):
+            raise TypeError("a handler class goes into RequestHandlerClass=")
+        if not path.startswith(("/", "*")):
+            raise ValueError(f"path must start with / or *: {path!r}")
+        if keepalive is not None and keepalive <= 0:
+            raise ValueError("keepalive must be more than 0, or None")
+        if retry is not None:
+            encode_event(retry=retry)  # raises what is wrong with it
+        self.on_connection: Callable[[Client], object] | None = on_connection
+        self.path = path
+        self.authorize = authorize
+        self.keepalive = keepalive
+        self.retry = retry
+        self.max_backlog = max_backlog
+
+        self._lock = threading.Lock()  # of the next three
+        self._requests: dict[socket.socket, threading.Thread] = {}
+        self._clients: set[Client] = set()
+        self._closing = False
+        self._watch = _Watch()
+        self.address_family, bindable = _resolve(server_address)
+        super().__init__(bindable, RequestHandlerClass)
+
+    @property
+    def clients(self) -> frozenset[Client]:
+        """The streams that are open at this moment."""
+        with self._lock:
+            return frozenset(client for client in self._clients if not client.closed)
+
+    def server_close(self) -> None:
+        """Take no more connections, end every stream, wait for their threads.
+
+        Streams end after what was sent before, but a reader that is stuck is cut off
+        after `closing_grace`. It takes no longer than `closing_timeout`.
+        """
+        super().server_close()
+        begun = time.monotonic()
+        with self._lock:
+            self._closing = True
+            clients = self._clients.copy()
+            requests = self._requests.copy()
+        for client in clients:
+            client.close()
+        for request in requests.keys() - {client._socket for client in clients}:
+            with contextlib.suppress(OSError):
+                request.shutdown(socket.SHUT_RD)  # no more of a head, or of a body
+        _join(requests.values(), begun + self.closing_grace)
+        for client in clients:
+            client._cut_off("the server is closing")
+        _join(requests.values(), begun + self.closing_timeout)
+        self._watch.close()
+
+    # --- what socketserver calls ---
+
+    def server_bind(self) -> None:
+        """Bind the socket, without HTTPServer's reverse look-up of the host's name."""
+        socketserver.TCPServer.server_bind(self)
+        self.server_name = str(self.server_address[0])
+        self.server_port = self.server_address[1]
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Start a thread for the request, and remember it for `server_close`."""
+        thread = threading.Thread(
+            target=self.process_request_thread,
+            args=(request, client_address),
+            daemon=self.daemon_threads,
+        )
+        with self._lock:
+            self._requests[request] = thread
+        thread.start()
+
+    def shutdown_request(self, request: Any) -> None:
+        """Close the request's connection, and forget it."""
+        super().shutdown_request(request)
+        with self._lock:
+            self._requests.pop(request, None)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Log what a request's thread did not catch; a lost connection is no error."""
+        if isinstance(sys.exc_info()[1], (ConnectionError, socket.timeout)):
+            logger.debug("%s: connection lost", client_address, exc_info=True)
+        else:
+            logger.exception("%s: request failed", client_address)
+
+    # --- inside ---
+
+    def _hold(self, client: Client) -> None:
+        """Hold a stream open, in its own thread, from its head to its end."""
+        with self._lock:
+            self._clients.add(client)
+            closing = self._closing
+        if closing:  # server_close has not seen this one
+            client.close()
+        try:
+            if self.on_connection is not None and not closing:
+                self.on_connection(client)
+            client.wait()
+        except BrokenPipeError:
+            pass
+        except Exception:
+            logger.exception("%s: on_connection failed", client.address)
+        finally:
+            client._end()
+            with self._lock:
+                self._clients.discard(client)
+
+
+def _resolve(address: tuple[str, int]) -> tuple[socket.AddressFamily, Any]:
+    """Find the family and the address to bind; IPv4 where a name has both."""
+    host, port = address
+    found = socket.getaddrinfo(
+        host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )
+    family, _, _, _, bindable = min(found, key=lambda info: info[0] != socket.AF_INET)
+    return family, bindable
+
+
+def _join(threads: Iterable[threading.Thread], deadline: float) -> None:
+    for thread in threads:
+        if thread is not threading.current_thread():
+            thread.join(max(deadline - time.monotonic(), 0))
+
+
+# --- 5. Command line --------------------------------------------------------------
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the server from the command line, until SIGINT or SIGTERM."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    _raise_descriptor_limit(_DESCRIPTORS)
+    try:
+        server = SSEServer(
+            (options.host, options.port),
+            lambda client: client.send("hi there!"),
+            path=options.path,
+            keepalive=options.keepalive or None,
+            retry=options.retry,
+        )
+    except (TypeError, ValueError) as error:
+        parser.error(str(error))
+    except OSError as error:
+        where = f"{options.host} port {options.port}"
+        sys.exit(f"sse_ref: cannot listen on {where}: {error.strerror}")
+    with server:
+        _stop_on_signals(server)
+        print(_greeting(server), flush=True)
+        server.serve_forever(poll_interval=0.1)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="sse_ref",
+        description="Serve an event stream; answer every other GET with okay.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--host", default="127.0.0.1", help="address or name to listen on")
+    add("--port", type=port_number, default=8080, help="0 picks a free one")
+    add("--path", default="/sse", help="where the stream is; * is any characters")
+    add("--keepalive", type=float, default=15.0, metavar="SECONDS", help="0 for none")
+    add("--retry", type=int, metavar="MILLISECONDS", help="reconnection time to tell")
+    return parser
+
+
+def port_number(text: str) -> int:
+    port = int(text)
+    if port not in range(2**16):
+        raise ValueError
+    return port
+
+
+def _greeting(server: SSEServer) -> str:
+    host, port = server.server_name, server.server_port
+    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    stream = shlex.quote(url + server.path)
+    return f"Starting server... {url}\n  curl {shlex.quote(url)}\n  curl -N {stream}"
+
+
+def _stop_on_signals(server: SSEServer) -> None:
+    signals = (signal.SIGINT, signal.SIGTERM)
+
+    def stop(*_: object) -> None:
+        for each in signals:
+            signal.signal(each, signal.SIG_IGN)  # once is enough
+        # shutdown() waits for serve_forever(), which this thread is in; and a handler
+        # may have interrupted the start of another thread, whose lock Thread() takes.
+        _thread.start_new_thread(server.shutdown, ())
+
+    for each in signals:
+        signal.signal(each, stop)
+
+
+def _raise_descriptor_limit(needed: int) -> None:
+    try:
+        import resource  # noqa: PLC0415 - not on Windows
+    except ImportError:
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        most = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
+_DESCRIPTORS = 1064  # a thousand streams, and what Python and the server have open
+
+if __name__ == "__main__":
+    main()
