@@ -14,17 +14,17 @@ The text below has five chapters, each resting only on those above it:
 
     1. The frame        what an event looks like on the wire
     2. One stream       Client: one open response, and the thread that holds it
-    3. HTTP             SSERequestHandler: what a request is answered
-    4. The server       SSEServer: who is connected, and how it all ends
-    5. Command line     python sse_ref.py
+    3. Many streams     Channel: one publish for all, and nothing lost on a reconnect
+    4. HTTP             SSERequestHandler: what a request is answered
+    5. The server       SSEServer: who is connected, how it ends; the command line
 
 Each request has a thread of its own, as in http.server; it sleeps while its stream is
 idle. Any thread may send to any stream: it hands the bytes to the kernel at once and
 never waits for the reader. What the kernel does not take waits in that stream's
 backlog, and the stream's own thread carries it out.
 
-There is one lock a stream, one in the watch and one in the server. No thread ever
-holds two of them, so there is no order to get wrong.
+Each stream, each channel, the server and its watch has one lock. No thread ever holds
+two of them, so there is no order to get wrong.
 
 "Standard" below means HTML's section 9.2, https://html.spec.whatwg.org/#server-sent-events
 """
@@ -36,9 +36,11 @@ import argparse
 import contextlib
 import errno
 import io
+import ipaddress
 import logging
 import os
 import re
+import secrets
 import selectors
 import shlex
 import signal
@@ -48,15 +50,17 @@ import struct
 import sys
 import threading
 import time
+from collections import deque
 from email.message import Message
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from math import inf
 from pathlib import Path
-from typing import Any, Callable, Iterable
+from typing import Any, Callable, Iterable, Iterator, Mapping
 from urllib.parse import parse_qs
 
 __all__ = [
+    "Channel",
     "Client",
     "SSERequestHandler",
     "SSEServer",
@@ -513,10 +517,12 @@ class Client:
             logger.warning("%s: dropped, %s", self.address, self._reason)
 
 
+_ABSOLUTE_FORM = re.compile(r"\Ahttps?://([^/?]*)", re.IGNORECASE)  # RFC 9112, 3.2.2
+
+
 def _split_target(target: str) -> tuple[str, str]:
     """Split a request target (RFC 9112, 3.2) into its path and its query string."""
-    origin_form = re.sub(r"^https?://[^/?]*", "", target, flags=re.IGNORECASE)
-    path, _, query = origin_form.partition("?")
+    path, _, query = _ABSOLUTE_FORM.sub("", target).partition("?")
     return f"/{path.lstrip('/')}" if path.startswith("//") else path or "/", query
 
 
@@ -531,7 +537,212 @@ def _utf8(value: str) -> str:
         return value
 
 
-# --- 3. HTTP ----------------------------------------------------------------------
+# --- 3. Many streams --------------------------------------------------------------
+
+
+class Channel:
+    """Events for all who subscribe; who reconnects gets what it has missed.
+
+    `history`: how many events are held for that. 0: none, nor ids of our own.
+    `gap_event`: the type of the event that tells a client that what it missed is no
+    longer held; its data is the client's last event ID. None: do not tell.
+
+    >>> news = Channel()
+    >>> server = SSEServer(("127.0.0.1", 8080), news.subscribe)
+    >>> news.publish("hello", event="greeting")
+    'b3c1a9f2-1'
+
+    Any thread may call any method. Events have numbers, 1, 2, 3 and so on. A client has
+    a place: the number of the last event that it has, or does not want.
+    """
+
+    piece_size = 2**18
+    """Bytes after which no more events join those that are written at once."""
+
+    def __init__(self, history: int = 1000, gap_event: str | None = "gap") -> None:
+        if history < 0:
+            raise ValueError("history must not be negative")
+        if gap_event is not None:
+            encode_event("", event=gap_event)  # raises what is wrong with it
+        self._history = history
+        self._gap_event = gap_event
+        # Ids of an earlier start must not be taken for ours.
+        self._epoch = secrets.token_hex(4)
+
+        self._lock = threading.Lock()  # of all that follows
+        self._news = threading.Condition(self._lock)  # _pending or _closed has changed
+        self._count = 0  # the number of the last event
+        self._held: dict[int, tuple[str, bytes]] = {}  # id and frame by number
+        self._numbers = {f"{self._epoch}-0": 0}  # by id
+        self._pending: list[bytes] = []  # frames up to _count, not yet delivered
+        self._clients: dict[Client, int] = {}  # the place at which each has joined
+        self._thread: threading.Thread | None = None  # started when first needed
+        self._closed = False
+
+    @property
+    def clients(self) -> frozenset[Client]:
+        """The open streams that are subscribed at this moment."""
+        with self._lock:
+            return frozenset(client for client in self._clients if not client.closed)
+
+    def publish(
+        self,
+        data: str | None = None,
+        *,
+        event: str | None = None,
+        id: str | int | None = None,  # noqa: A002
+    ) -> str:
+        """Send an event to all subscribers, and return its id; never waits for them.
+
+        The arguments are those of `encode_event`. Without `id` the event gets one that
+        no other start of the program uses. Give your own where several replicas
+        publish the same events, say the offset in a log: a client can then resume on
+        any of them.
+
+        RuntimeError: the channel is closed. What `encode_event` raises.
+        """
+        with self._news:
+            self._check_open()
+            if id is None and self._history and not (data is None and event is None):
+                id = f"{self._epoch}-{self._count + 1}"  # noqa: A001
+            frame = encode_event(data, event=event, id=id)
+            self._count += 1
+            name = "" if id is None else f"{id}"
+            self._remember(name, frame)
+            if self._clients or self._pending:
+                self._pending.append(frame)
+                self._start()
+                self._news.notify()
+        return name
+
+    def subscribe(self, client: Client) -> None:
+        """Have `client` get all that is published from now on.
+
+        A client that names a last event ID first gets what was published since. Do call
+        it in the request's own thread: it is slowed to the client's pace meanwhile.
+
+        RuntimeError: the channel is closed. BrokenPipeError: the client has gone.
+        """
+        place, last_id = None, client.last_event_id
+        while True:
+            with self._lock:
+                self._check_open()
+                if place is None:
+                    place = self._place_of(last_id)
+                frames, place, last_id = self._missed(place, last_id)
+                if not frames:
+                    # Nothing can come in between: the next event is for us, too.
+                    self._clients.setdefault(client, place)
+                    break
+            client._send(b"".join(frames))
+        client.on_close(self.unsubscribe)  # at once, if it has left meanwhile
+
+    def unsubscribe(self, client: Client) -> None:
+        """Let `client` have no more of what is published from now on."""
+        with self._lock:
+            self._clients.pop(client, None)
+
+    def close(self) -> None:
+        """Publish no more; what was published is delivered, streams stay open."""
+        with self._news:
+            self._closed = True
+            self._news.notify()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+
+    # --- inside; "(locked)" means that the caller holds the lock ---
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RuntimeError("the channel is closed")
+
+    def _remember(self, name: str, frame: bytes) -> None:
+        """Add the event just counted to the history, and drop the oldest (locked)."""
+        if not self._history:
+            return
+        self._held[self._count] = name, frame
+        if name:  # "" resets the client's last event ID: nobody will ask for it
+            self._numbers[name] = self._count
+        oldest = self._count - self._history
+        if oldest > 0:
+            name, _ = self._held.pop(oldest)
+            if self._numbers.get(name) == oldest:  # not published again since
+                del self._numbers[name]
+
+    def _place_of(self, last_id: str) -> int:
+        """Tell where in the order of events a new subscriber is; -1: lost (locked)."""
+        if self._history and last_id:
+            return self._numbers.get(last_id, -1)
+        return self._count
+
+    def _missed(self, place: int, last_id: str) -> tuple[list[bytes], int, str]:
+        """Return frames from after `place`, and where they lead to (locked).
+
+        Some at a time: a slow client's backlog is not to hold the history as well.
+        """
+        frames = []
+        before_held = max(self._count - len(self._held), 0)
+        if place < before_held:
+            if self._gap_event is not None:
+                # With nothing held yet, the next reconnect is to find no gap.
+                beginning = None if self._held else f"{self._epoch}-0"
+                frames = [encode_event(last_id, event=self._gap_event, id=beginning)]
+            place = before_held
+        size = 0
+        while place < self._count and size < self.piece_size:
+            place += 1
+            last_id, frame = self._held[place]
+            frames.append(frame)
+            size += len(frame)
+        return frames, place, last_id
+
+    def _start(self) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, daemon=True)
+            self._thread.start()
+
+    def _run(self) -> None:
+        """Deliver what was published, until the channel is closed: the one thread."""
+        while True:
+            with self._news:
+                while not self._pending and not self._closed:
+                    self._news.wait()
+                if not self._pending:
+                    return
+                begin = self._count - len(self._pending)
+                frames = self._take()
+                clients = list(self._clients.items())
+            self._deliver(frames, begin, clients)
+
+    def _take(self) -> list[bytes]:
+        """Take what has gathered, up to a piece (locked)."""
+        size = number = 0
+        while number < len(self._pending) and size < self.piece_size:
+            size += len(self._pending[number])
+            number += 1
+        frames = self._pending[:number]
+        del self._pending[:number]
+        return frames
+
+    def _deliver(
+        self, frames: list[bytes], begin: int, clients: list[tuple[Client, int]]
+    ) -> None:
+        """Write the events after place `begin` to each client in one piece."""
+        whole = b"".join(frames)
+        chunk = _encode_chunk(whole)
+        for client, place in clients:
+            if place <= begin:
+                wire = chunk if client._chunked else whole
+            elif place < begin + len(frames):  # it joined meanwhile
+                rest = b"".join(frames[place - begin :])
+                wire = _encode_chunk(rest) if client._chunked else rest
+            else:
+                continue
+            with contextlib.suppress(BrokenPipeError):  # its own thread unsubscribes it
+                client._put(wire)
+
+
+# --- 4. HTTP ----------------------------------------------------------------------
 
 
 class SSERequestHandler(BaseHTTPRequestHandler):
@@ -551,8 +762,7 @@ class SSERequestHandler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """Serve the event stream on the server's path, `serve_plain()` elsewhere."""
-        path, _ = _split_target(self.path)
-        if _matches(self.server.path, path):
+        if self._is_for_stream():
             self._serve_stream()
         else:
             self.serve_plain()
@@ -561,12 +771,19 @@ class SSERequestHandler(BaseHTTPRequestHandler):
         """Answer with the head that GET would get; `end_headers` drops the rest."""
         self.do_GET()
 
+    def do_OPTIONS(self) -> None:
+        """Answer the preflight of a page that may read the stream (Fetch, 4.8)."""
+        if "Access-Control-Request-Method" in self.headers and self._is_for_stream():
+            self._serve_preflight()
+        else:
+            self.do_POST()
+
     def do_POST(self) -> None:
         """Refuse a method that neither the stream nor "okay" knows."""
         text = f"{self.command} is not allowed here, only GET and HEAD are\n"
-        self._answer(HTTPStatus.METHOD_NOT_ALLOWED, text, Allow="GET, HEAD")
+        self._answer(HTTPStatus.METHOD_NOT_ALLOWED, text, {"Allow": "GET, HEAD"})
 
-    do_PUT = do_PATCH = do_DELETE = do_OPTIONS = do_CONNECT = do_TRACE = do_POST
+    do_PUT = do_PATCH = do_DELETE = do_CONNECT = do_TRACE = do_POST
 
     def serve_plain(self) -> None:
         """Answer a GET or HEAD that is not for the event stream; override to serve.
@@ -576,6 +793,18 @@ class SSERequestHandler(BaseHTTPRequestHandler):
         self._answer(HTTPStatus.OK, "okay")
 
     # --- what http.server calls ---
+
+    def parse_request(self) -> bool:
+        """Read the head; refuse what took too long to come, and folded lines."""
+        if not super().parse_request():
+            return False
+        if not self.server._in_time(self.connection):
+            self.send_error(HTTPStatus.REQUEST_TIMEOUT)
+            return False
+        if any("\n" in value for value in self.headers.values()):  # RFC 9112, 5.2
+            self.send_error(HTTPStatus.BAD_REQUEST, "folded header lines are obsolete")
+            return False
+        return True
 
     def version_string(self) -> str:
         """Return what the Server header says: not which Python this is."""
@@ -618,31 +847,48 @@ class SSERequestHandler(BaseHTTPRequestHandler):
 
     # --- inside ---
 
-    def _answer(self, status: int, text: str, **headers: str) -> None:
+    def _is_for_stream(self) -> bool:
+        path, _ = _split_target(self.path)
+        return _matches(self.server.path, path)
+
+    def _answer(
+        self, status: int, text: str, headers: Mapping[str, str] | None = None
+    ) -> None:
+        """Answer with a short text."""
         body = text.encode()
         self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name.replace("_", "-"), value)
+        self._send_headers(headers or {})
         if status != HTTPStatus.NO_CONTENT:  # RFC 9110, 8.6 and 15.3.5: not in a 204
-            self.send_header("Content-Type", "text/plain")
-            self.send_header("Content-Length", str(len(body)))
+            self._send_headers(
+                {"Content-Type": "text/plain", "Content-Length": str(len(body))}
+            )
         self.end_headers()
         if status != HTTPStatus.NO_CONTENT:
             self.wfile.write(body)
 
+    def _send_headers(self, headers: Mapping[str, str]) -> None:
+        for name, value in headers.items():
+            self.send_header(name, value)
+
     def _serve_stream(self) -> None:
-        if not self._authorized():
+        refusal = self._refuse_host() or self._refuse_origin() or self._refuse()
+        if refusal:
+            self._answer(*refusal, self._cors())
             return
-        self.send_response(HTTPStatus.OK)
-        self.send_header("Content-Type", "text/event-stream")
-        # no-transform: a proxy that compresses would hold events back.
-        self.send_header("Cache-Control", "no-cache, no-transform")
-        self.send_header("X-Accel-Buffering", "no")  # nginx: do not wait for more
         # Without chunks urllib3 (so requests, sseclient-py) holds events back until
         # its read size is full. An HTTP/1.0 client, as nginx is, knows none.
         chunked = self.request_version >= "HTTP/1.1"
-        if chunked:
-            self.send_header("Transfer-Encoding", "chunked")
+        self.send_response(HTTPStatus.OK)
+        self._send_headers(
+            {
+                "Content-Type": "text/event-stream",
+                # no-transform: a proxy that compresses would hold events back.
+                "Cache-Control": "no-cache, no-transform",
+                "X-Accel-Buffering": "no",  # nginx is not to wait for more
+                **({"Transfer-Encoding": "chunked"} if chunked else {}),
+                **self._cors(),
+            }
+        )
         self.end_headers()
         retry = self.server.retry
         first = b": ok\n\n" if retry is None else encode_event(retry=retry)
@@ -651,7 +897,48 @@ class SSERequestHandler(BaseHTTPRequestHandler):
         if self.command == "GET":
             self._hold_stream(chunked)
 
-    def _authorized(self) -> bool:
+    def _serve_preflight(self) -> None:
+        refusal = self._refuse_host() or self._refuse_origin()
+        headers = self._cors()
+        if headers:
+            headers["Access-Control-Allow-Methods"] = "GET, HEAD"
+            headers["Access-Control-Allow-Headers"] = self.headers.get(
+                "Access-Control-Request-Headers", ""
+            )
+        self._answer(*(refusal or (HTTPStatus.NO_CONTENT, "")), headers)
+
+    def _refuse_host(self) -> tuple[int, str] | None:
+        """Refuse a name that is not this machine's to a connection within it.
+
+        A page elsewhere may have its own name lead to 127.0.0.1 ("DNS rebinding"): then
+        the browser takes us for the page's own server. But it tells that name.
+        """
+        host, hosts = self._host(), self.headers.get_all("Host", [])
+        if len(hosts) > 1 or (host is None and self.request_version >= "HTTP/1.1"):
+            return HTTPStatus.BAD_REQUEST, "one Host is needed\n"  # RFC 9112, 3.2
+        if host is None or not _is_loopback(self.connection.getsockname()[0]):
+            return None
+        name, _ = _split_host(host)
+        allowed = self.server.allowed_hosts
+        if name == "localhost" or _is_loopback(name) or {name, "*"} & allowed:
+            return None
+        reason = f"Host {host!a} is not in allowed_hosts (--allow-host)\n"
+        return HTTPStatus.FORBIDDEN, reason
+
+    def _refuse_origin(self) -> tuple[int, str] | None:
+        """Refuse to be read by pages from elsewhere, but for those allowed."""
+        origin = self.headers.get("Origin")
+        if origin is None or self._cors():
+            return None
+        # Only host and port count: TLS may end in a proxy before us.
+        scheme, _, _ = origin.partition("://")
+        if _normal_origin(origin) == _normal_origin(f"{scheme}://{self._host()}") != "":
+            return None
+        reason = f"Origin {origin!a} is not in allowed_origins (--allow-origin)\n"
+        return HTTPStatus.FORBIDDEN, reason
+
+    def _refuse(self) -> tuple[int, str] | None:
+        """Refuse whom `authorize` does not let in."""
         answer: object = True
         if self.server.authorize is not None:
             try:
@@ -660,18 +947,33 @@ class SSERequestHandler(BaseHTTPRequestHandler):
                 logger.exception("%s: authorize failed", self.client_address)
                 answer = HTTPStatus.INTERNAL_SERVER_ERROR
         if answer is True:
-            return True
+            return None
         if not isinstance(answer, int) or answer not in range(200, 600):
             answer = HTTPStatus.FORBIDDEN
-        self._answer(answer, "this event stream was refused by authorize\n")
-        return False
+        return answer, "the server's authorize does not let you in\n"
+
+    def _cors(self) -> dict[str, str]:
+        """Return the fields that let an allowed page read the answer (Fetch, 3.2)."""
+        origin = self.headers.get("Origin", "")
+        normal, allowed = _normal_origin(origin), self.server.allowed_origins
+        if not normal or not {normal, "*"} & allowed:
+            return {}
+        return {
+            "Access-Control-Allow-Origin": origin,
+            "Access-Control-Allow-Credentials": "true",
+            "Vary": "Origin",
+        }
+
+    def _host(self) -> str | None:
+        """Return the host and port that the request was sent to (RFC 9112, 3.2.2)."""
+        absolute_form = _ABSOLUTE_FORM.match(self.path)
+        return absolute_form[1] if absolute_form else self.headers.get("Host")
 
     def _hold_stream(self, chunked: bool) -> None:
         self.rfile.close()  # their buffers would live as long as the stream
         self.wfile.close()
         self.rfile = self.wfile = io.BytesIO()  # http.server still flushes and closes
         self.linger = 0  # all input will have been read
-        _notice_vanished_peers(self.connection)
         self.connection.setblocking(False)
         server = self.server
         client = Client(
@@ -703,24 +1005,46 @@ def _matches(pattern: str, path: str) -> bool:
     return fits and path.startswith(first) and path.endswith(last)
 
 
-def _notice_vanished_peers(connection: socket.socket) -> None:
-    """Have the kernel end a connection whose peer has gone without a word.
-
-    It does after about 15 minutes by itself. Sent bytes, such as a keep-alive comment,
-    are to be acknowledged within 30 s; where none are sent, the kernel asks.
-    """
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in (
-        ("TCP_USER_TIMEOUT", 30_000),  # milliseconds; the others are in seconds
-        ("TCP_KEEPIDLE", 20),
-        ("TCP_KEEPINTVL", 10),
-        ("TCP_KEEPCNT", 3),
-    ):
-        if hasattr(socket, name):  # not every system has each
-            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+# host[:port], RFC 3986, 3.2: an address in brackets, or a name without what ends one.
+# urllib's urlsplit() would take "localhost#.evil" for localhost.
+_HOST = r"(?:\[([0-9a-f:.]+)\]|([^\s:/?#@\[\]\\]+?)\.?)(?::([0-9]*))?"
+_SCHEME = r"([a-z][a-z0-9+.-]*)://"
+_DEFAULT_PORTS = {"http": "80", "https": "443"}
 
 
-# --- 4. The server ----------------------------------------------------------------
+def _split_host(host: str) -> tuple[str, str]:
+    """Split host[:port] into the name in lower case, and the port; "" for none."""
+    match = re.fullmatch(_HOST, host.lower())
+    if match is None:
+        return "", ""
+    address, name, port = match.groups("")
+    return address or name, port
+
+
+def _normal_host(host: str) -> str:
+    """Return the name of a host that is given without a port, "" for what is none."""
+    name, port = _split_host(host)
+    return "" if port else name or _split_host(f"[{host}]")[0]  # IPv6 without brackets
+
+
+def _normal_origin(origin: str) -> str:
+    """Return an origin in lower case and with its port, "" for what is none."""
+    match = re.fullmatch(_SCHEME + _HOST, origin.lower())
+    if match is None:
+        return "null" if origin == "null" else ""
+    scheme, address, name, port = match.groups("")
+    return f"{scheme}://{address or name}:{port or _DEFAULT_PORTS.get(scheme, '')}"
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return (getattr(address, "ipv4_mapped", None) or address).is_loopback
+
+
+# --- 5. The server ----------------------------------------------------------------
 
 
 class SSEServer(ThreadingHTTPServer):
@@ -738,12 +1062,19 @@ class SSEServer(ThreadingHTTPServer):
     `retry`: the reconnection time to tell clients, in milliseconds.
     `max_backlog`: bytes; who asks for more while that much waits for a slow reader
     ends its stream.
+    `max_connections`: of all kinds; one more is answered with 503.
+    `allowed_hosts`: names, besides those of this machine itself, by which browsers in
+    it may reach the stream; without a port. `"*"`: any.
+    `allowed_origins`: of pages from elsewhere that may read the stream, as in
+    `"https://app.example"`, or `"null"`. `"*"`: all.
 
     ValueError, TypeError: an argument makes no sense. OSError: the address is taken, or
     there is none of that name.
     """
 
     request_queue_size = 1024  # socketserver's 5 would have a burst of clients refused
+    head_timeout = 10.0
+    """Seconds within which the whole head of a request must have come."""
     closing_grace = 1.0
     """Seconds that `server_close` gives slow readers to take what they were sent."""
     closing_timeout = 5.0
@@ -758,7 +1089,10 @@ class SSEServer(ThreadingHTTPServer):
         authorize: Callable[[SSERequestHandler], object] | None = None,
         keepalive: float | None = 15.0,
         retry: int | None = None,
+        max_connections: int = 1000,
         max_backlog: int = 2**20,
+        allowed_hosts: Iterable[str] = (),
+        allowed_origins: Iterable[str] = (),
         RequestHandlerClass: type[SSERequestHandler] = SSERequestHandler,  # noqa: N803
     ) -> None:
         if isinstance(on_connection, type) and issubclass(
@@ -776,10 +1110,17 @@ class SSEServer(ThreadingHTTPServer):
         self.authorize = authorize
         self.keepalive = keepalive
         self.retry = retry
+        self.max_connections = max_connections
         self.max_backlog = max_backlog
+        self.allowed_hosts = _normal_set("allowed_hosts", allowed_hosts, _normal_host)
+        self.allowed_origins = _normal_set(
+            "allowed_origins", allowed_origins, _normal_origin
+        )
 
-        self._lock = threading.Lock()  # of the next three
+        self._refused: deque[tuple[float, socket.socket]] = deque()  # closing
+        self._lock = threading.Lock()  # of the next four
         self._requests: dict[socket.socket, threading.Thread] = {}
+        self._deadlines: dict[socket.socket, float] = {}  # of heads, the nearest first
         self._clients: set[Client] = set()
         self._closing = False
         self._watch = _Watch()
@@ -814,6 +1155,8 @@ class SSEServer(ThreadingHTTPServer):
             client._cut_off("the server is closing")
         _join(requests.values(), begun + self.closing_timeout)
         self._watch.close()
+        while self._refused:
+            self._refused.popleft()[1].close()
 
     # --- what socketserver calls ---
 
@@ -823,22 +1166,80 @@ class SSEServer(ThreadingHTTPServer):
         self.server_name = str(self.server_address[0])
         self.server_port = self.server_address[1]
 
+    def server_activate(self) -> None:
+        """Listen; and have the kernel end connections whose peer is out of reach.
+
+        By itself it would take some 15 minutes. What is sent, such as a keep-alive
+        comment, is to be acknowledged within 30 s; where nothing is, the kernel asks.
+        """
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in (
+            ("TCP_USER_TIMEOUT", 30_000),  # milliseconds; the others are in seconds
+            ("TCP_KEEPIDLE", 20),
+            ("TCP_KEEPINTVL", 10),
+            ("TCP_KEEPCNT", 3),
+        ):
+            if hasattr(socket, name):  # not every system has each
+                option = getattr(socket, name)
+                # Connections inherit it from the socket that accepts them.
+                self.socket.setsockopt(socket.IPPROTO_TCP, option, value)
+        super().server_activate()
+
+    def get_request(self) -> tuple[Any, Any]:
+        """Accept a connection; where the system can't, do not ask it all the time."""
+        try:
+            return super().get_request()
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                logger.warning("no new connections for now: %s", error.strerror)
+                time.sleep(0.2)
+            raise
+
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Start a thread for the request, and remember it for `server_close`."""
-        thread = threading.Thread(
-            target=self.process_request_thread,
-            args=(request, client_address),
-            daemon=self.daemon_threads,
-        )
+        """Start a thread for the request, or refuse one that is too many."""
         with self._lock:
-            self._requests[request] = thread
-        thread.start()
+            if self._closing or len(self._requests) >= self.max_connections:
+                thread = None
+            else:
+                thread = threading.Thread(
+                    target=self.process_request_thread,
+                    args=(request, client_address),
+                    daemon=self.daemon_threads,
+                )
+                self._requests[request] = thread
+                self._deadlines[request] = time.monotonic() + self.head_timeout
+        if thread is None:
+            self._refuse(request)
+        else:
+            thread.start()
 
     def shutdown_request(self, request: Any) -> None:
         """Close the request's connection, and forget it."""
         super().shutdown_request(request)
         with self._lock:
             self._requests.pop(request, None)
+            self._deadlines.pop(request, None)
+
+    def service_actions(self) -> None:
+        """End what has had its time; `serve_forever` calls this several times a second.
+
+        A thread that reads a late head gets its end. Who was refused has had a second
+        to read why; what it sent is read first, because to close a socket with unread
+        input would reset the connection, and the answer might be lost.
+        """
+        now = time.monotonic()
+        with self._lock:
+            for request, deadline in self._deadlines.items():
+                if deadline > now:
+                    break
+                with contextlib.suppress(OSError):
+                    request.shutdown(socket.SHUT_RD)
+        while self._refused and (
+            self._refused[0][0] <= now or len(self._refused) > self.request_queue_size
+        ):
+            _, request = self._refused.popleft()
+            with contextlib.suppress(OSError), request:
+                request.recv(2**20)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Log what a request's thread did not catch; a lost connection is no error."""
@@ -848,6 +1249,20 @@ class SSEServer(ThreadingHTTPServer):
             logger.exception("%s: request failed", client_address)
 
     # --- inside ---
+
+    def _refuse(self, request: socket.socket) -> None:
+        """Answer a connection that is too many, without a thread or waiting."""
+        logger.info("a connection was refused: there are max_connections already")
+        request.setblocking(False)
+        with contextlib.suppress(OSError):
+            request.send(_TOO_MANY)
+            request.shutdown(socket.SHUT_WR)
+        self._refused.append((time.monotonic() + 1, request))
+
+    def _in_time(self, request: socket.socket) -> bool:
+        """Tell whether a head that has been read, or cut short, came in time."""
+        with self._lock:
+            return time.monotonic() < self._deadlines.pop(request, inf)
 
     def _hold(self, client: Client) -> None:
         """Hold a stream open, in its own thread, from its head to its end."""
@@ -870,6 +1285,25 @@ class SSEServer(ThreadingHTTPServer):
                 self._clients.discard(client)
 
 
+_TOO_MANY_TEXT = b"all of max_connections (--max-connections) are taken\n"
+_TOO_MANY = (
+    b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nRetry-After: 5\r\n"
+    b"Content-Type: text/plain\r\nContent-Length: %d\r\n\r\n%b"
+) % (len(_TOO_MANY_TEXT), _TOO_MANY_TEXT)
+
+
+def _normal_set(
+    name: str, values: Iterable[str], normal: Callable[[str], str]
+) -> frozenset[str]:
+    """Check and normalize allowed_hosts or allowed_origins."""
+    if isinstance(values, str):
+        raise TypeError(f"{name} must be a list or the like, not one str")
+    for value in values:
+        if value != "*" and not normal(value):
+            raise ValueError(f"{name}: {value!r} is none")
+    return frozenset("*" if value == "*" else normal(value) for value in values)
+
+
 def _resolve(address: tuple[str, int]) -> tuple[socket.AddressFamily, Any]:
     """Find the family and the address to bind; IPv4 where a name has both."""
     host, port = address
@@ -886,21 +1320,22 @@ def _join(threads: Iterable[threading.Thread], deadline: float) -> None:
             thread.join(max(deadline - time.monotonic(), 0))
 
 
-# --- 5. Command line --------------------------------------------------------------
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Run the server from the command line, until SIGINT or SIGTERM."""
     parser = _parser()
     options = parser.parse_args(arguments)
-    _raise_descriptor_limit(_DESCRIPTORS)
+    _raise_descriptor_limit(options.max_connections + _DESCRIPTORS)
+    lines = Channel() if options.source == "-" else None
     try:
         server = SSEServer(
             (options.host, options.port),
-            lambda client: client.send("hi there!"),
+            lines.subscribe if lines else lambda client: client.send("hi there!"),
             path=options.path,
             keepalive=options.keepalive or None,
             retry=options.retry,
+            max_connections=options.max_connections,
+            allowed_hosts=options.allow_host,
+            allowed_origins=options.allow_origin,
         )
     except (TypeError, ValueError) as error:
         parser.error(str(error))
@@ -910,7 +1345,11 @@ def main(arguments: list[str] | None = None) -> None:
     with server:
         _stop_on_signals(server)
         print(_greeting(server), flush=True)
+        if lines and sys.stdin:
+            threading.Thread(target=_publish_lines, args=(lines,), daemon=True).start()
         server.serve_forever(poll_interval=0.1)
+        if lines:
+            lines.close()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -920,11 +1359,27 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
+    add("source", nargs="?", choices=["-"], help="publish lines of standard input")
     add("--host", default="127.0.0.1", help="address or name to listen on")
     add("--port", type=port_number, default=8080, help="0 picks a free one")
     add("--path", default="/sse", help="where the stream is; * is any characters")
     add("--keepalive", type=float, default=15.0, metavar="SECONDS", help="0 for none")
     add("--retry", type=int, metavar="MILLISECONDS", help="reconnection time to tell")
+    add("--max-connections", type=int, default=1000, metavar="N", help="of all kinds")
+    add(
+        "--allow-origin",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="let pages of https://app.example read the stream, say; * is all",
+    )
+    add(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="let browsers here reach the stream by this name, too; * is any",
+    )
     return parser
 
 
@@ -940,6 +1395,28 @@ def _greeting(server: SSEServer) -> str:
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     stream = shlex.quote(url + server.path)
     return f"Starting server... {url}\n  curl {shlex.quote(url)}\n  curl -N {stream}"
+
+
+def _publish_lines(channel: Channel) -> None:
+    """Publish each line of standard input as soon as it is there, until its end.
+
+    Read from the descriptor: at exit, a thread inside sys.stdin would be in the way.
+    """
+    for line in _lines_of(sys.stdin.fileno()):
+        try:
+            channel.publish(line.decode(errors="replace"))
+        except RuntimeError:  # it is closed: the server ends
+            return
+
+
+def _lines_of(descriptor: int) -> Iterator[bytes]:
+    rest = b""
+    while piece := os.read(descriptor, 2**16):
+        *lines, rest = (rest + piece).split(b"\n")
+        for line in lines:
+            yield line[:-1] if line.endswith(b"\r") else line
+    if rest:
+        yield rest
 
 
 def _stop_on_signals(server: SSEServer) -> None:
@@ -967,7 +1444,7 @@ def _raise_descriptor_limit(needed: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
-_DESCRIPTORS = 1064  # a thousand streams, and what Python and the server have open
+_DESCRIPTORS = 64  # what Python and the server have open besides
 
 if __name__ == "__main__":
     main()
