@@ -179,6 +179,7 @@ class _Watch:
         self._selector: selectors.BaseSelector
         self._bell: socket.socket
         self._button: socket.socket
+        self._hears: bool
 
     def arm(self, client: Client, events: int) -> None:
         """Wake `client` once, when its socket is ready for one of `events`."""
@@ -192,7 +193,8 @@ class _Watch:
             else:
                 self._selector.register(client._socket, events, client)
             client._armed = events
-            self._press()  # poll() and select() learn of it only when they next begin
+            if not self._hears:
+                self._press()
 
     def disarm(self, client: Client) -> None:
         """Forget `client`; needed before its socket is closed."""
@@ -215,6 +217,10 @@ class _Watch:
 
     def _start(self) -> None:
         self._selector = selectors.DefaultSelector()
+        # These live in the kernel, where a sleeper learns of a change; poll() and
+        # select() know what they were called with.
+        kind = type(self._selector).__name__
+        self._hears = kind in ("EpollSelector", "KqueueSelector")
         self._bell, self._button = socket.socketpair()
         self._button.setblocking(False)
         self._selector.register(self._bell, selectors.EVENT_READ)
@@ -385,14 +391,15 @@ class Client:
     # --- inside; "(locked)" means that the caller holds the lock ---
 
     def _send(self, frames: bytes) -> None:
-        self._put(_encode_chunk(frames) if self._chunked else frames)
+        taken = self._offer(_encode_chunk(frames) if self._chunked else frames)
         if self._backlog and self._in_own_thread():
             self._drain()
-            if self._closed:
-                raise BrokenPipeError(errno.EPIPE, "the event stream has ended")
+            taken = not self._closed
+        if not taken:
+            raise BrokenPipeError(errno.EPIPE, "the event stream has ended")
 
-    def _put(self, wire: bytes) -> None:
-        """Write `wire`, if it may still be written."""
+    def _offer(self, wire: bytes) -> bool:
+        """Write `wire`, if that is still possible."""
         with self._lock:
             # Found over the limit by who wants to add more: so a piece larger than
             # the limit drops nobody who keeps up.
@@ -400,8 +407,7 @@ class Client:
                 self._lose("it reads too slowly")
             if not self._closed:
                 self._write(wire)
-            if self._closed:
-                raise BrokenPipeError(errno.EPIPE, "the event stream has ended")
+            return not self._closed
 
     def _write(self, wire: bytes) -> None:
         """Hand `wire` to the kernel; what it does not take waits (locked)."""
@@ -738,8 +744,7 @@ class Channel:
                 wire = _encode_chunk(rest) if client._chunked else rest
             else:
                 continue
-            with contextlib.suppress(BrokenPipeError):  # its own thread unsubscribes it
-                client._put(wire)
+            client._offer(wire)  # one that has gone is unsubscribed by its own thread
 
 
 # --- 4. HTTP ----------------------------------------------------------------------
@@ -916,14 +921,17 @@ class SSERequestHandler(BaseHTTPRequestHandler):
         host, hosts = self._host(), self.headers.get_all("Host", [])
         if len(hosts) > 1 or (host is None and self.request_version >= "HTTP/1.1"):
             return HTTPStatus.BAD_REQUEST, "one Host is needed\n"  # RFC 9112, 3.2
-        if host is None or not _is_loopback(self.connection.getsockname()[0]):
+        if host is None or self._knows(host):
             return None
-        name, _ = _split_host(host)
-        allowed = self.server.allowed_hosts
-        if name == "localhost" or _is_loopback(name) or {name, "*"} & allowed:
+        if not _is_loopback(self.connection.getsockname()[0]):
             return None
         reason = f"Host {host!a} is not in allowed_hosts (--allow-host)\n"
         return HTTPStatus.FORBIDDEN, reason
+
+    def _knows(self, host: str) -> bool:
+        name, _ = _split_host(host)
+        allowed = self.server.allowed_hosts
+        return name == "localhost" or _is_loopback(name) or bool({name, "*"} & allowed)
 
     def _refuse_origin(self) -> tuple[int, str] | None:
         """Refuse to be read by pages from elsewhere, but for those allowed."""
@@ -1201,17 +1209,20 @@ class SSEServer(ThreadingHTTPServer):
             if self._closing or len(self._requests) >= self.max_connections:
                 thread = None
             else:
-                thread = threading.Thread(
-                    target=self.process_request_thread,
-                    args=(request, client_address),
-                    daemon=self.daemon_threads,
-                )
+                thread = _RequestThread(self, request, client_address)
                 self._requests[request] = thread
                 self._deadlines[request] = time.monotonic() + self.head_timeout
         if thread is None:
             self._refuse(request)
         else:
             thread.start()
+
+    def finish_request(self, request: Any, client_address: Any) -> None:
+        """Have a handler handle the request."""
+        handler_class: Any = self.RequestHandlerClass
+        handler = handler_class.__new__(handler_class)
+        # What handler_class(...) would do, but for the reason that _RequestThread has.
+        handler.__init__(request, client_address, self)
 
     def shutdown_request(self, request: Any) -> None:
         """Close the request's connection, and forget it."""
@@ -1283,6 +1294,23 @@ class SSEServer(ThreadingHTTPServer):
             client._end()
             with self._lock:
                 self._clients.discard(client)
+
+
+class _RequestThread(threading.Thread):
+    """A request's thread, on two pages of stack instead of three.
+
+    Since 3.11 CPython stays in one C frame while plain Python functions call each
+    other. A call by way of Thread(target=...) or of a class needs a C frame more, and
+    http.server reads heads deep inside: without either, a stream needs 4 kB less.
+    """
+
+    def __init__(self, server: SSEServer, request: Any, client_address: Any) -> None:
+        super().__init__(daemon=server.daemon_threads)
+        self._request = server, request, client_address
+
+    def run(self) -> None:
+        server, request, client_address = self._request
+        server.process_request_thread(request, client_address)
 
 
 _TOO_MANY_TEXT = b"all of max_connections (--max-connections) are taken\n"
