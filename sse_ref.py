@@ -831,6 +831,8 @@ class SSERequestHandler(BaseHTTPRequestHandler):
         self, code: int, message: str | None = None, explain: str | None = None
     ) -> None:
         """Answer with an error in one line of text."""
+        if not self.command:  # not understood; http.server would answer as HTTP/0.9
+            self.request_version = self.protocol_version
         phrase, description = self.responses.get(code, ("", ""))
         self.log_error("code %d, message %s", code, message or phrase)
         self._answer(code, f"{explain or message or description}\n")
@@ -898,7 +900,6 @@ class SSERequestHandler(BaseHTTPRequestHandler):
         retry = self.server.retry
         first = b": ok\n\n" if retry is None else encode_event(retry=retry)
         self.wfile.write(_encode_chunk(first) if chunked else first)
-        self.wfile.flush()
         if self.command == "GET":
             self._hold_stream(chunked)
 
@@ -939,8 +940,8 @@ class SSERequestHandler(BaseHTTPRequestHandler):
         if origin is None or self._cors():
             return None
         # Only host and port count: TLS may end in a proxy before us.
-        scheme, _, _ = origin.partition("://")
-        if _normal_origin(origin) == _normal_origin(f"{scheme}://{self._host()}") != "":
+        scheme, host = origin.partition("://")[0], self._host() or ""
+        if _normal_origin(origin) == _normal_origin(f"{scheme}://{host}") != "":
             return None
         reason = f"Origin {origin!a} is not in allowed_origins (--allow-origin)\n"
         return HTTPStatus.FORBIDDEN, reason
@@ -978,11 +979,6 @@ class SSERequestHandler(BaseHTTPRequestHandler):
         return absolute_form[1] if absolute_form else self.headers.get("Host")
 
     def _hold_stream(self, chunked: bool) -> None:
-        self.rfile.close()  # their buffers would live as long as the stream
-        self.wfile.close()
-        self.rfile = self.wfile = io.BytesIO()  # http.server still flushes and closes
-        self.linger = 0  # all input will have been read
-        self.connection.setblocking(False)
         server = self.server
         client = Client(
             self,
@@ -991,6 +987,13 @@ class SSERequestHandler(BaseHTTPRequestHandler):
             keepalive=server.keepalive,
             max_backlog=server.max_backlog,
         )
+        # Now the head and the first frame leave, in one write. Nothing that takes time
+        # comes between this and on_connection: who has the head should miss nothing.
+        self.connection.setblocking(False)
+        self.wfile.close()
+        self.rfile.close()  # and the buffers need not live as long as the stream
+        self.rfile = self.wfile = io.BytesIO()  # http.server still flushes and closes
+        self.linger = 0  # all input will have been read
         server._hold(client)
 
 

@@ -19,6 +19,7 @@ import logging
 import os
 import random
 import re
+import select
 import selectors
 import signal
 import socket
@@ -35,6 +36,7 @@ from unittest import mock
 
 import sse_ref
 from sse_ref import (
+    Channel,
     Client,
     SSERequestHandler,
     SSEServer,
@@ -774,6 +776,486 @@ class ASlowReader(ServerCase):
         self.assertEqual(records, [])
 
 
+class ChannelCase(ServerCase):
+    def channel(self, **options):
+        channel = Channel(**options)
+        self.addCleanup(channel.close)
+        return channel
+
+    def subscribers(self, channel, count, **options):
+        server = self.serve(channel.subscribe, **options)
+        peers = [self.connect(server) for _ in range(count)]
+        wait_until(lambda: len(channel.clients) == count, "the subscribers")
+        return peers
+
+    def blocked(self, channel):
+        """Keep the channel's thread from delivering until the event is set."""
+        entered, free = threading.Event(), threading.Event()
+        self.addCleanup(free.set)
+        blocker = mock.Mock(_chunked=False, closed=False)
+        blocker._offer = lambda _: entered.set() or free.wait(PATIENCE)
+        with channel._lock:
+            channel._clients[blocker] = channel._count
+        channel.publish("first")
+        self.assertTrue(entered.wait(PATIENCE))
+        channel.unsubscribe(blocker)
+        return free
+
+
+class AChannel(ChannelCase):
+    """Channel: publish once, reach all."""
+
+    def test_reaches_every_subscriber(self):
+        channel = self.channel()
+        peers = self.subscribers(channel, 5)
+        id_ = channel.publish("hello", event="greeting")
+        for peer in peers:
+            self.assertEqual(peer.event(), ("greeting", "hello", id_))
+
+    def test_reaches_nobody_where_nobody_is(self):
+        channel = self.channel()
+        channel.publish("a")
+        (peer,) = self.subscribers(channel, 1)
+        channel.publish("b")
+        self.assertEqual(peer.data(), "b")  # who is new gets what is new
+
+    def test_numbers_its_events(self):
+        channel = self.channel()
+        ids = [channel.publish("x") for _ in range(3)]
+        epoch = ids[0].rpartition("-")[0]
+        self.assertEqual(ids, [f"{epoch}-{n}" for n in (1, 2, 3)])
+        self.assertRegex(epoch, r"^[\w-]+$")
+        self.assertFalse(self.channel().publish("x").startswith(epoch))
+
+    def test_takes_ids_that_it_is_given(self):
+        channel = self.channel()
+        (peer,) = self.subscribers(channel, 1)
+        self.assertEqual(channel.publish("a", id="x"), "x")
+        self.assertEqual(channel.publish("b", id=7), "7")
+        self.assertEqual(channel.publish("c", id=""), "")
+        self.assertEqual(
+            channel.publish(event="d"), "".join(channel.publish("e")[:-1]) + "4"
+        )
+        events = [peer.event() for _ in range(3)]
+        wanted = [("message", "a", "x"), ("message", "b", "7"), ("message", "c", "")]
+        self.assertEqual(events, wanted)
+
+    def test_refuses_an_event_without_using_up_its_id(self):
+        channel = self.channel()
+        (peer,) = self.subscribers(channel, 1)
+        first = channel.publish("a")
+        for error, fields in (
+            (ValueError, {}),
+            (ValueError, {"data": "\ud800"}),
+            (ValueError, {"data": "x", "event": "\n"}),
+            (ValueError, {"data": "x", "id": "\0"}),
+            (TypeError, {"data": b"x"}),
+        ):
+            with self.assertRaises(error):
+                channel.publish(**fields)
+        self.assertEqual(channel.publish("b"), first[:-1] + "2")
+        self.assertEqual([peer.data(), peer.data()], ["a", "b"])
+
+    def test_keeps_the_order_of_each_publishing_thread(self):
+        channel = self.channel(history=10)
+        peers = self.subscribers(channel, 3)
+
+        def publish(name):
+            for number in range(500):
+                channel.publish(f"{name} {number}")
+
+        threads = [threading.Thread(target=publish, args=(n,)) for n in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        sequences = [[peer.event() for _ in range(2000)] for peer in peers]
+        self.assertEqual(sequences[0], sequences[1])
+        self.assertEqual(sequences[0], sequences[2])
+        numbers = [int(id_.rpartition("-")[2]) for _, _, id_ in sequences[0]]
+        self.assertEqual(numbers, list(range(1, 2001)))
+        for name in range(4):
+            mine = [d for _, d, _ in sequences[0] if d.startswith(f"{name} ")]
+            self.assertEqual(mine, [f"{name} {number}" for number in range(500)])
+
+    def test_writes_a_burst_at_once(self):
+        channel = self.channel()
+        (peer,) = self.subscribers(channel, 1)
+        free = self.blocked(channel)
+        for number in range(1000):
+            channel.publish(str(number))
+        free.set()
+        while len(peer.reader.events) < 1001:
+            size = len(peer.chunk())
+        self.assertGreater(size, 999 * len("data: 0\n\n"))
+
+    def test_writes_no_more_than_a_piece_at_once(self):
+        channel = self.channel()
+        (peer,) = self.subscribers(channel, 1)
+        free = self.blocked(channel)
+        for _ in range(100):
+            channel.publish("x" * 10_000)
+        free.set()
+        sizes = []
+        while len(peer.reader.events) < 101:
+            sizes.append(len(peer.chunk()))
+        self.assertLess(max(sizes), channel.piece_size + 10_100)
+        self.assertEqual(len(sizes), 6)  # ": ok", "first", and a megabyte in four
+
+    def test_gives_nothing_to_who_comes_after_it_was_published(self):
+        for version in ("HTTP/1.1", "HTTP/1.0"):
+            channel = self.channel()
+            server = self.serve(channel.subscribe)
+            early = self.connect(server)
+            wait_until(lambda channel=channel: channel.clients)
+            free = self.blocked(channel)
+            channel.publish("old")
+            late = self.connect(server, version=version)
+            wait_until(lambda channel=channel: len(channel.clients) == 2)
+            channel.publish("new")
+            latest = self.connect(server)
+            wait_until(lambda channel=channel: len(channel.clients) == 3)
+            free.set()
+            wait_until(lambda channel=channel: not channel._pending)
+            channel.publish("last")
+            self.assertEqual(
+                [early.data() for _ in range(4)][1:], ["old", "new", "last"]
+            )
+            if version == "HTTP/1.0":
+                while b"last" not in late.file.readline():
+                    pass
+            else:
+                self.assertEqual([late.data(), late.data()], ["new", "last"])
+            self.assertEqual(latest.data(), "last")
+
+    def test_never_waits_for_a_reader(self):
+        channel = self.channel(history=0)
+        server = self.serve(channel.subscribe, max_backlog=2**20)
+        stuck = [self.connect(server) for _ in range(3)]
+        healthy = self.connect(server)
+        wait_until(lambda: len(channel.clients) == 4)
+        got = []
+        reader = threading.Thread(
+            target=lambda: got.extend(healthy.data() for _ in range(200))
+        )
+        reader.start()
+        slowest = 0
+        with self.logged():
+            for number in range(200):
+                begun = time.monotonic()
+                channel.publish(f"{number} ".ljust(100_000, "x"))
+                slowest = max(slowest, time.monotonic() - begun)
+                wait_until(lambda number=number: len(got) >= number - 5)
+            reader.join()
+            wait_until(lambda: len(channel.clients) == 1)
+        self.assertLess(slowest, 1)
+        self.assertEqual([int(data.split()[0]) for data in got], list(range(200)))
+        for peer in stuck:
+            with self.assertRaises((ConnectionResetError, EOFError)):
+                peer.finish()
+
+    def test_lets_go_at_once_of_who_leaves(self):
+        channel = self.channel()
+        peers = self.subscribers(channel, 2)
+        peers[0].close()
+        wait_until(lambda: len(channel.clients) == 1)
+        wait_until(lambda: len(channel._clients) == 1)
+        self.assertIsInstance(channel.clients, frozenset)
+
+    def test_knows_the_open_clients_alone(self):
+        channel = self.channel()
+        self.subscribers(channel, 2)
+        next(iter(channel.clients)).close()
+        self.assertEqual(len(channel.clients), 1)
+
+    def test_sends_no_more_to_who_unsubscribed(self):
+        channel = self.channel()
+        (peer,) = self.subscribers(channel, 1)
+        channel.publish("a")
+        self.assertEqual(peer.data(), "a")
+        (client,) = channel.clients
+        channel.unsubscribe(client)
+        channel.unsubscribe(client)  # again does no harm
+        channel.publish("b")
+        client.send("c")
+        self.assertEqual(peer.data(), "c")
+
+    def test_shares_its_clients_with_others(self):
+        one, two = self.channel(), self.channel(history=0)
+
+        def on_connection(client):
+            one.subscribe(client)
+            two.subscribe(client)
+            one.subscribe(client)  # again changes nothing
+
+        peer = self.connect(self.serve(on_connection))
+        wait_until(lambda: one.clients and two.clients)
+        (client,) = one.clients
+
+        def repeat(call, name):
+            for number in range(300):
+                call(f"{name}\n{number}")
+
+        calls = {"one": one.publish, "two": two.publish, "direct": client.send}
+        threads = [
+            threading.Thread(target=repeat, args=(call, name))
+            for name, call in calls.items()
+        ]
+        for thread in threads:
+            thread.start()
+        got = [peer.data().split("\n") for _ in range(900)]
+        for thread in threads:
+            thread.join()
+        for name in calls:
+            numbers = [int(number) for sender, number in got if sender == name]
+            self.assertEqual(numbers, list(range(300)))
+
+    def test_starts_its_thread_when_needed_and_ends_it(self):
+        before = threading.active_count()
+        channel = Channel()
+        channel.publish("nobody hears it")
+        self.assertEqual(threading.active_count(), before)
+        self.assertTrue(channel)  # also without clients
+        channel.close()
+        self.assertEqual(threading.active_count(), before)
+
+    def test_delivers_when_closed_what_was_published(self):
+        channel = self.channel()
+        (peer,) = self.subscribers(channel, 1)
+        free = self.blocked(channel)
+        channel.publish("last")
+        closing = threading.Thread(target=channel.close)
+        closing.start()
+        wait_until(lambda: channel._closed)
+        free.set()
+        closing.join()
+        self.assertEqual([peer.data(), peer.data()], ["first", "last"])
+        (client,) = channel.clients
+        client.send("open still")
+        self.assertEqual(peer.data(), "open still")
+
+    def test_takes_no_more_when_closed(self):
+        channel = self.channel()
+        self.subscribers(channel, 1)
+        (client,) = channel.clients
+        channel.close()
+        channel.close()  # again does no harm
+        with self.assertRaisesRegex(RuntimeError, "closed"):
+            channel.publish("x")
+        with self.assertRaisesRegex(RuntimeError, "closed"):
+            channel.subscribe(client)
+
+    def test_refuses_what_makes_no_sense(self):
+        with self.assertRaises(ValueError):
+            Channel(history=-1)
+        with self.assertRaises(ValueError):
+            Channel(gap_event="a\nb")
+
+
+class AReconnect(ChannelCase):
+    """Channel: what was missed meanwhile."""
+
+    def resume(self, channel, last_id, count):
+        """Reconnect, and return so many events."""
+        server = self.serve(channel.subscribe)
+        peer = self.connect(server, Last_Event_ID=last_id)
+        events = [peer.event() for _ in range(count)]
+        wait_until(lambda: channel.clients)
+        channel.publish("live")
+        self.assertEqual(peer.data(), "live")
+        self.stop_stream(channel, peer)
+        return events
+
+    def stop_stream(self, channel, peer):
+        peer.close()
+        wait_until(lambda: not channel.clients)
+
+    def test_gets_what_it_missed(self):
+        channel = self.channel()
+        ids = [channel.publish(str(number)) for number in range(5)]
+        events = self.resume(channel, ids[1], 3)
+        wanted = [("message", str(n), ids[n]) for n in (2, 3, 4)]
+        self.assertEqual(events, wanted)
+        self.resume(channel, channel.publish("newest"), 0)
+
+    def test_by_ids_of_ones_own_gets_what_it_missed(self):
+        channel = self.channel()
+        for number in range(5):
+            channel.publish(str(number), id=f"offset/{number}é")
+        events = self.resume(channel, "offset/2é", 2)
+        self.assertEqual([data for _, data, _ in events], ["3", "4"])
+
+    def test_counts_from_the_later_one_of_two_with_one_id(self):
+        channel = self.channel(history=4)
+        for id_, data in (("a", "1"), ("b", "2"), ("a", "3"), ("c", "4")):
+            channel.publish(data, id=id_)
+        self.assertEqual(self.resume(channel, "a", 1), [("message", "4", "c")])
+        channel.publish("5", id="d")  # now the earlier "a" is not held any more
+        events = self.resume(channel, "a", 3)
+        self.assertEqual([data for _, data, _ in events], ["4", "live", "5"])
+
+    def test_is_told_of_a_gap_and_gets_all_that_is_held(self):
+        channel = self.channel(history=3)
+        ids = [channel.publish(str(number)) for number in range(5)]
+        for lost in (ids[0], ids[1], "of-yesterday-7", "é"):
+            events = self.resume(channel, lost, 4)
+            self.assertEqual(events[0][:2], ("gap", lost))
+            held = [data for _, data, _ in events[1:]]
+            self.assertEqual(len(held), 3)
+            self.assertEqual(events[1:], [e for e in events[1:] if e[0] == "message"])
+
+    def test_is_told_of_a_gap_by_the_name_chosen(self):
+        channel = self.channel(gap_event="lost")
+        channel.publish("a")
+        self.assertEqual(self.resume(channel, "x", 2)[0][:2], ("lost", "x"))
+
+    def test_is_not_told_of_a_gap_where_none_is_wanted(self):
+        channel = self.channel(gap_event=None)
+        channel.publish("a")
+        self.assertEqual(self.resume(channel, "x", 1)[0][:2], ("message", "a"))
+
+    def test_to_a_new_start_finds_one_gap_and_then_none(self):
+        channel = self.channel()
+        server = self.serve(channel.subscribe)
+        peer = self.connect(server, Last_Event_ID="of-yesterday-7")
+        kind, data, id_ = peer.event()
+        self.assertEqual((kind, data), ("gap", "of-yesterday-7"))
+        self.assertTrue(id_.endswith("-0"))
+        self.stop_stream(channel, peer)
+        first = channel.publish("a")
+        self.assertEqual(self.resume(channel, id_, 1), [("message", "a", first)])
+        small = self.channel(history=2)
+        epoch = small.publish("1").rpartition("-")[0]
+        small.publish("2")
+        events = self.resume(small, f"{epoch}-0", 2)
+        self.assertEqual([data for _, data, _ in events], ["1", "2"])
+        events = self.resume(small, f"{epoch}-0", 3)  # "1" is lost by now
+        self.assertEqual([kind for kind, _, _ in events], ["gap", "message", "message"])
+
+    def test_gets_no_replay_and_no_gap_without_history(self):
+        channel = self.channel(history=0)
+        self.assertEqual(channel.publish("a"), "")
+        self.assertEqual(channel.publish("b", id=5), "5")
+        self.resume(channel, "5", 0)
+        self.resume(channel, "x", 0)
+        self.assertEqual((len(channel._held), len(channel._numbers)), (0, 1))
+
+    def test_finds_no_more_held_than_was_asked_for(self):
+        channel = self.channel(history=10)
+        for number in range(100):
+            channel.publish("x", id=number if number % 3 else None)
+        self.assertEqual(len(channel._held), 10)
+        self.assertLessEqual(len(channel._numbers), 11)
+
+    def test_does_not_copy_the_history_into_its_backlog(self):
+        channel = self.channel(history=300)
+        first = channel.publish("x")
+        for _ in range(299):
+            channel.publish("x" * 100_000)
+        server = self.serve(channel.subscribe, max_backlog=2**20)
+        peer = self.connect(server, Last_Event_ID=first)
+        wait_until(lambda: any(client._backlog for client in server.clients))
+        (client,) = server.clients
+        for _ in range(299):
+            self.assertLess(len(client._backlog), 2**20)
+            self.assertEqual(len(peer.data()), 100_000)
+
+    def test_that_is_overtaken_by_the_history_is_told_so(self):
+        channel = self.channel(history=100)
+        first = channel.publish("0")
+        for number in range(1, 100):
+            channel.publish(f"{number} ".ljust(100_000))
+        server = self.serve(channel.subscribe)
+        peer = self.connect(server, Last_Event_ID=first)
+        wait_until(lambda: any(client._backlog for client in server.clients))
+        for number in range(100, 300):
+            channel.publish(f"{number} ".ljust(100_000))
+        place, gaps = 0, 0
+        while place < 299:
+            kind, data, _ = peer.event()
+            if kind == "gap":
+                gaps += 1
+                self.assertTrue(data.endswith(f"-{place + 1}"), (data, place))
+                place = int(peer.event()[1])
+            else:
+                self.assertEqual(int(data), place + 1)
+                place += 1
+        self.assertEqual(gaps, 1)
+
+    def test_that_leaves_again_meanwhile_is_not_kept(self):
+        channel = self.channel(history=300)
+        for _ in range(300):
+            channel.publish("x" * 100_000)
+        server = self.serve(channel.subscribe)
+        peer = self.connect(server, Last_Event_ID="lost")
+        wait_until(lambda: any(client._backlog for client in server.clients))
+        peer.close()
+        wait_until(lambda: not server._requests)
+        self.assertFalse(channel._clients)
+
+    def test_after_being_too_slow_gets_all_the_same(self):
+        channel = self.channel(history=5000)
+        server = self.serve(channel.subscribe, max_backlog=2**16)
+        peer = self.connect(server)
+        wait_until(lambda: channel.clients)
+        channel.publish("0")
+        got = [peer.event()]
+        with self.logged():
+            for number in range(1, 1000):
+                channel.publish(f"{number} ".ljust(20_000))
+                if not channel.clients:
+                    break
+            for later in range(number + 1, number + 10):
+                channel.publish(str(later))
+            wait_until(lambda: not server.clients)
+            wait_until(lambda: not server._requests)
+        with contextlib.suppress(ConnectionResetError, EOFError):
+            while True:
+                got.append(peer.event())
+        last_id = got[-1][2]
+        peer = self.connect(server, Last_Event_ID=last_id)
+        while len(got) < number + 10:
+            got.append(peer.event())
+        self.assertEqual([int(data) for _, data, _ in got], list(range(number + 10)))
+
+    def test_loses_and_doubles_nothing_while_four_threads_publish(self):
+        channel = self.channel(history=10**6)
+        server = self.serve(channel.subscribe)
+        total, whole = 4 * 2500, []
+        dice = random.Random(4)
+
+        def publish(name):
+            for number in range(total // 4):
+                channel.publish(f"{name} {number}")
+                if number % 100 == 0:
+                    time.sleep(0.001)
+
+        def follow(seed):
+            dice = random.Random(seed)
+            got, last_id = [], f"{channel._epoch}-0"
+            while len(got) < total:
+                peer = Peer(server, Last_Event_ID=last_id).read_head()
+                for _ in range(min(dice.randrange(1, 3000), total - len(got))):
+                    got.append(peer.event())
+                last_id = got[-1][2]
+                dice.choice([Peer.close, Peer.reset])(peer)
+            whole.append(got)
+
+        threads = [
+            threading.Thread(target=follow, args=(dice.random(),)) for _ in range(8)
+        ]
+        threads += [threading.Thread(target=publish, args=(n,)) for n in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        self.assertEqual(len(whole), 8)
+        for got in whole:
+            numbers = [int(id_.rpartition("-")[2]) for _, _, id_ in got]
+            self.assertEqual(numbers, list(range(1, total + 1)))
+            self.assertEqual(got, whole[0])
+
+
 class AnySelector(ServerCase):
     """What a system offers to wait with does not matter."""
 
@@ -1204,6 +1686,315 @@ class Authorization(ServerCase):
         self.assertEqual(calls, [])
 
 
+class WhoGetsIn(ServerCase):
+    """Host, Origin, max_connections, head_timeout."""
+
+    def head(self, server, *fields, target="/sse", method="HEAD", version="1.1"):
+        lines = [f"{method} {target} HTTP/{version}", *fields, "", ""]
+        answer = self.ask(server, "\r\n".join(lines).encode("latin-1"))
+        head, _, self.body = answer.partition(b"\r\n\r\n")
+        status, *rest = head.decode("latin-1").split("\r\n")
+        self.fields = dict(line.split(": ", 1) for line in rest)
+        return int(status.split()[1])
+
+    def check_hosts(self, server, status, hosts):
+        for host in hosts:
+            self.assertEqual(self.head(server, f"Host: {host}"), status, host)
+
+    LOOKALIKES = (
+        "evil.com",
+        "127.0.0.1.evil.com",
+        "localhost.evil.com",
+        "evil.com:80",
+        "localhost/evil",
+        "localhost#.evil",
+        "localhost?evil",
+        "localhost@evil.com",
+        "user@localhost",
+        "localhost:80:80",
+        "localhost:x",
+        "localhost..",
+        "localhost\\evil",
+        "[::1].evil",
+        "[::1",
+        "::1",
+        "[localhost]",
+        "128.0.0.1",
+        "0.0.0.0",
+        "[::2]",
+        "local host",
+        ".",
+        "",
+        ":8080",
+    )
+
+    def test_on_loopback_are_this_machines_names(self):
+        server = self.serve()
+        self.check_hosts(
+            server,
+            200,
+            (
+                "localhost",
+                "LocalHost:1",
+                "localhost.",
+                "localhost.:8080",
+                "localhost:",
+                "127.0.0.1",
+                "127.1.2.3:99999",
+                "[::1]",
+                "[::1]:8080",
+                "[0:0:0:0:0:0:0:1]",
+                "[::ffff:127.0.0.1]",
+            ),
+        )
+        self.check_hosts(server, 403, self.LOOKALIKES)
+
+    def test_on_loopback_are_allowed_names_too(self):
+        hosts = ["Box.Example", "::2", "[fd00::1]", "192.0.2.1", "dot.example."]
+        server = self.serve(allowed_hosts=hosts)
+        self.check_hosts(server, 403, self.LOOKALIKES[:18])
+        names = (
+            "box.example",
+            "BOX.example.:80",
+            "[::2]:1",
+            "[fd00::1]",
+            "dot.example",
+        )
+        self.check_hosts(server, 200, (*names, "192.0.2.1", "localhost"))
+        self.check_hosts(
+            self.serve(allowed_hosts="*" * 1 and ("*",)), 200, ["evil.com"]
+        )
+
+    def test_on_another_address_are_all_names(self):
+        server = self.serve()
+        with mock.patch("sse_ref._is_loopback", return_value=False):
+            self.check_hosts(server, 200, ["evil.com", "localhost"])
+
+    def test_must_name_one_host(self):
+        server = self.serve()
+        self.assertEqual(self.head(server), 400)
+        self.assertEqual(self.head(server, version="1.0"), 200)
+        for version in ("1.0", "1.1"):
+            two = ("Host: localhost", "Host: evil.com")
+            self.assertEqual(self.head(server, *two, version=version), 400)
+
+    def test_may_name_the_host_in_the_target(self):
+        server = self.serve()
+        for target, status in (
+            ("http://evil.com/sse", 403),
+            ("http://[::1]:5/sse", 200),
+        ):
+            self.assertEqual(
+                self.head(server, "Host: localhost", target=target), status, target
+            )
+
+    def test_do_not_matter_to_plain_pages(self):
+        server = self.serve()
+        fields = ("Host: evil.com", "Origin: http://elsewhere.example")
+        self.assertEqual(self.head(server, *fields, target="/"), 200)
+        self.assertEqual(self.head(server, target="/"), 200)
+
+    def test_learn_in_one_line_why_they_do_not(self):
+        server = self.serve()
+        self.head(server, "Host: evil.com", method="GET")
+        wanted = rb"^Host 'evil\.com' [^\n]*allowed_hosts[^\n]*--allow-host[^\n]*\n$"
+        self.assertRegex(self.body, wanted)
+        fields = ("Host: localhost", "Origin: http://a.b\x1b")
+        self.head(server, *fields, method="GET")
+        wanted = (
+            rb"^Origin 'http://a\.b\\x1b' .*allowed_origins.*--allow-origin[^\n]*\n$"
+        )
+        self.assertRegex(self.body, wanted)
+
+    def origin(self, server, origin, host="localhost:8080", **options):
+        return self.head(server, f"Host: {host}", f"Origin: {origin}", **options)
+
+    def test_are_pages_of_the_same_host_and_port(self):
+        server = self.serve(allowed_hosts=["app.example"])
+        for origin, host in (
+            ("http://localhost:8080", "localhost:8080"),
+            ("https://localhost:8080", "LOCALHOST:8080"),
+            ("https://app.example", "app.example"),
+            ("https://app.example", "app.example:443"),
+            ("http://app.example", "app.example:80"),
+            ("http://app.example:80", "app.example."),
+            ("http://[::1]:5", "[::1]:5"),
+        ):
+            self.assertEqual(self.origin(server, origin, host), 200, origin)
+            self.assertNotIn("Access-Control-Allow-Origin", self.fields)
+        for origin, host in (
+            ("http://localhost:8081", "localhost:8080"),
+            ("http://localhost", "localhost:8080"),
+            ("https://app.example", "app.example:80"),
+            ("http://localhost:8080.evil", "localhost:8080"),
+            ("http://evil/localhost:8080", "localhost:8080"),
+            ("http://127.0.0.1:8080", "localhost:8080"),
+            ("localhost:8080", "localhost:8080"),
+            ("null", "localhost:8080"),
+            ("", "localhost:8080"),
+        ):
+            self.assertEqual(self.origin(server, origin, host), 403, origin)
+
+    def test_without_a_host_are_no_pages(self):
+        server = self.serve()
+        fields = ["Origin: http://None"]
+        self.assertEqual(self.head(server, *fields, version="1.0"), 403)
+
+    def test_are_pages_of_an_allowed_origin_that_may_read_it(self):
+        origins = ["https://App.example", "http://b.example:81", "null"]
+        server = self.serve(allowed_origins=origins)
+        for origin in ("https://app.example", "http://b.example:81", "null"):
+            self.assertEqual(self.origin(server, origin), 200)
+            self.assertEqual(self.fields["Access-Control-Allow-Origin"], origin)
+            self.assertEqual(self.fields["Access-Control-Allow-Credentials"], "true")
+            self.assertEqual(self.fields["Vary"], "Origin")
+        self.assertEqual(self.origin(server, "https://app.example:443"), 200)
+        for origin in (
+            "http://app.example",
+            "http://b.example",
+            "https://x.app.example",
+        ):
+            self.assertEqual(self.origin(server, origin), 403, origin)
+            self.assertNotIn("Access-Control-Allow-Origin", self.fields)
+
+    def test_are_pages_of_any_origin_where_all_are_allowed(self):
+        server = self.serve(allowed_origins=["*"])
+        for origin in ("https://app.example", "null", "moz-extension://1-2"):
+            self.assertEqual(self.origin(server, origin), 200)
+            self.assertEqual(self.fields["Access-Control-Allow-Origin"], origin)
+        for origin in ("*", "", "a b", "http://"):
+            self.assertEqual(self.origin(server, origin), 403, origin)
+
+    def test_of_another_origin_may_read_why_authorize_refused_them(self):
+        server = self.serve(allowed_origins=["*"], authorize=lambda _: 204)
+        self.assertEqual(self.origin(server, "https://app.example"), 204)
+        origin = self.fields["Access-Control-Allow-Origin"]
+        self.assertEqual(origin, "https://app.example")
+
+    def preflight(self, server, origin="https://app.example", *fields):
+        ask = "Access-Control-Request-Method: GET"
+        return self.head(
+            server,
+            "Host: localhost",
+            f"Origin: {origin}",
+            ask,
+            *fields,
+            method="OPTIONS",
+        )
+
+    def test_of_an_allowed_origin_may_ask_before(self):
+        refuse = mock.Mock(return_value=False)  # a preflight carries no credentials
+        server = self.serve(allowed_origins=["https://app.example"], authorize=refuse)
+        headers = "Access-Control-Request-Headers: last-event-id, authorization"
+        self.assertEqual(self.preflight(server, "https://app.example", headers), 204)
+        allowed = self.fields["Access-Control-Allow-Headers"]
+        self.assertEqual(allowed, "last-event-id, authorization")
+        self.assertIn("GET", self.fields["Access-Control-Allow-Methods"])
+        self.assertEqual(self.fields["Access-Control-Allow-Credentials"], "true")
+        self.assertNotIn("Content-Length", self.fields)
+        refuse.assert_not_called()
+        self.assertEqual(self.preflight(server, "https://app.example"), 204)
+        self.assertEqual(self.preflight(server, "https://evil.example"), 403)
+        self.assertNotIn("Access-Control-Allow-Methods", self.fields)
+
+    def test_cannot_ask_for_what_is_no_stream(self):
+        server = self.serve(allowed_origins=["*"])
+        fields = ("Host: x", "Origin: http://a", "Access-Control-Request-Method: GET")
+        status = self.head(server, *fields, target="/", method="OPTIONS")
+        self.assertEqual(status, 405)
+
+    def test_must_not_fold_their_header_lines(self):
+        server = self.serve(allowed_origins=["*"])
+        for fold in ("Origin: http://a\r\n b", "X: y\r\n\tz"):
+            self.assertEqual(self.head(server, "Host: localhost", fold), 400)
+
+    def test_are_named_in_a_list(self):
+        address = ("127.0.0.1", 0)
+        for option in ("allowed_hosts", "allowed_origins"):
+            with self.assertRaisesRegex(TypeError, option):
+                SSEServer(address, **{option: "https://app.example"})
+        for origin in ("app.example", "https://app.example/", "https://", ""):
+            with self.assertRaisesRegex(ValueError, "allowed_origins"):
+                SSEServer(address, allowed_origins=[origin])
+        for host in ("box.example:80", "http://box.example", "", "a b"):
+            with self.assertRaisesRegex(ValueError, "allowed_hosts"):
+                SSEServer(address, allowed_hosts=iter([host]))
+
+    def test_are_not_too_many(self):
+        server = self.serve(max_connections=3)
+        peers = [self.connect(server) for _ in range(3)]
+        wait_until(lambda: len(server._requests) == 3)
+        threads = threading.active_count()
+        request = (
+            b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"x" * 20_000 + b"\r\n\r\n"
+        )
+        for _ in range(5):
+            answer = self.ask(server, request)
+            self.assertTrue(answer.startswith(b"HTTP/1.1 503 "), answer)
+            self.assertRegex(answer, rb"\r\nRetry-After: \d+\r\n")
+            body = answer.partition(b"\r\n\r\n")[2]
+            self.assertRegex(body, rb"^[^\n]*max_connections[^\n]*\n$")
+            self.assertIn(f"\r\nContent-Length: {len(body)}\r\n".encode(), answer)
+        self.assertEqual(threading.active_count(), threads)
+        peers[0].close()
+        wait_until(lambda: len(server._requests) == 2)
+        self.assertTrue(self.ask(server, request).endswith(b"okay"))
+        wait_until(lambda: not server._refused, "the last of the refused to be closed")
+
+    def test_that_are_too_many_are_not_kept(self):
+        server = self.serve(max_connections=0)
+        server.request_queue_size = 5
+        with contextlib.ExitStack() as stack:
+            for _ in range(20):
+                stack.enter_context(socket.create_connection(server.server_address))
+            wait_until(lambda: len(server._refused) == 5)
+
+    def drip(self, server, head, pause):
+        """Send a head byte by byte; return what comes back, and after how long."""
+        begun = time.monotonic()
+        with socket.create_connection(server.server_address, PATIENCE) as peer:
+            peer.settimeout(pause)
+            answer = b""
+            for byte in head:
+                with contextlib.suppress(OSError):
+                    peer.sendall(bytes([byte]))
+                try:
+                    piece = peer.recv(65536)
+                except socket.timeout:
+                    continue
+                except ConnectionError:
+                    break
+                if not piece:
+                    break
+                answer += piece
+            return answer, time.monotonic() - begun
+
+    def test_say_what_they_want_in_time(self):
+        with mock.patch.object(SSEServer, "head_timeout", 0.5):
+            server = self.serve()
+            for head in (b"G" * 1000, b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 1000, b""):
+                if head:
+                    answer, seconds = self.drip(server, head, 0.02)
+                    self.assertRegex(answer, rb"^(HTTP/1\.1 408 |$|HTTP/1\.1 4)")
+                else:
+                    begun = time.monotonic()
+                    self.assertEqual(self.ask(server, b""), b"")
+                    seconds = time.monotonic() - begun
+                self.assertTrue(0.4 < seconds < 3, seconds)
+            answer, _ = self.drip(
+                server, b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 90, 0.02
+            )
+            self.assertTrue(answer.startswith(b"HTTP/1.1 408 "), answer)
+            # Who was in time may stay as long as it likes.
+            peer = self.connect(server)
+            peer.chunk()
+            wait_until(lambda: server.clients)
+            (client,) = server.clients
+            time.sleep(0.7)
+            client.send("here")
+            self.assertEqual(peer.data(), "here")
+
+
 class TheServer(ServerCase):
     """SSEServer: its own life."""
 
@@ -1559,6 +2350,121 @@ class TheCommandLine(unittest.TestCase):
         peers = [self.connect(process) for _ in range(60)]
         for peer in peers:
             self.assertEqual(peer.data(), "hi there!")
+
+    def readers(self, process, count):
+        """Connect so many, and wait until lines of standard input reach them all."""
+        peers = [self.connect(process) for _ in range(count)]
+        for peer in peers:
+            self.assertEqual(peer.chunk(), b": ok\n\n")
+        deaf = {peer.socket: peer for peer in peers}
+        while deaf:  # a head may come a moment before its client is subscribed
+            process.stdin.write("ready?\n")
+            process.stdin.flush()
+            for heard in select.select(list(deaf), [], [], 0.1)[0]:
+                deaf.pop(heard)
+        process.stdin.write("ready\n")
+        process.stdin.flush()
+        for peer in peers:
+            while peer.data() != "ready":
+                pass
+        return peers
+
+    def test_publishes_lines_of_standard_input(self):
+        process = self.start("-", stdin=subprocess.PIPE)
+        (peer,) = self.readers(process, 1)
+        lines = b"one\n\n two \r\n\xff\xc3\xa9\xe2\x80\xa8\nlast"
+        process.stdin.buffer.write(lines[:4])
+        process.stdin.flush()
+        self.assertEqual(peer.data(), "one")  # at once, and no "hi there!"
+        process.stdin.buffer.write(lines[4:])
+        process.stdin.close()
+        got = [peer.data() for _ in range(4)]
+        self.assertEqual(got, ["", " two ", "\ufffdé\u2028", "last"])
+        another = self.connect(process)  # its end is no reason to stop
+        self.assertEqual(another.fields["Content-Type"], "text/event-stream")
+        self.stop(process)
+        self.assertEqual(another.finish().events, [])
+
+    def test_publishes_every_line_in_order(self):
+        process = self.start("-", stdin=subprocess.PIPE)
+        peers = self.readers(process, 4)
+        lines = "".join(f"{number}\n" for number in range(20_000))
+        writer = threading.Thread(target=lambda: process.stdin.write(lines))
+        writer.start()
+        wanted = [str(number) for number in range(20_000)]
+        for peer in peers:
+            self.assertEqual([peer.data() for _ in range(20_000)], wanted)
+        writer.join()
+        process.stdin.close()
+        self.stop(process)
+
+    def test_stops_while_it_waits_for_a_line_or_gets_many(self):
+        for many in (False, True):
+            process = self.start("-", stdin=subprocess.PIPE)
+            (peer,) = self.readers(process, 1)
+            if many:
+                writer = threading.Thread(target=self.pour, args=(process,))
+                writer.start()
+                peer.data()
+            self.assertEqual(self.stop(process), "")
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.close()
+            if many:
+                writer.join()
+
+    def pour(self, process):
+        with contextlib.suppress(OSError, ValueError):
+            while process.poll() is None:
+                process.stdin.write("line\n" * 1000)
+
+    def test_serves_on_where_standard_input_is_closed(self):
+        process = self.start("-", stdin=None, preexec_fn=lambda: os.close(0))
+        peer = self.connect(process)
+        self.assertEqual(peer.status, b"HTTP/1.1 200 OK\r\n")
+        self.stop(process)
+
+    def test_has_options_for_who_gets_in(self):
+        options = ["--allow-host", "a.example", "--allow-host", "b.example"]
+        options += ["--allow-origin", "http://c.example", "--max-connections", "2"]
+        process = self.start(*options)
+        for host, status in (("b.example", b"200"), ("c.example", b"403")):
+            peer = Peer(process, Host=host, Origin="http://c.example").read_head()
+            self.assertEqual(peer.status.split()[1], status)
+            peer.close()
+        wait_until(lambda: self.get(process) == b"200")
+        peers = [self.connect(process) for _ in range(2)]
+        self.assertEqual(self.get(process), b"503")
+        self.assertEqual(len(peers), 2)
+
+    def get(self, process):
+        peer = Peer(process, "/").read_head()
+        peer.file.read()
+        peer.close()
+        return peer.status.split()[1]
+
+    @unittest.skipUnless(sys.platform == "linux", "needs setrlimit and /proc")
+    def test_bears_running_out_of_descriptors(self):
+        import resource  # noqa: PLC0415
+
+        limit = mock.Mock(return_value=None)
+        process = self.start(
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (30, 30))
+        )
+        del limit
+        waiting = [Peer(process) for _ in range(40)]
+        for peer in waiting:
+            self.addCleanup(peer.close)
+        self.assertEqual(waiting[0].read_head().data(), "hi there!")
+        before = self.cpu(process)
+        time.sleep(0.5)
+        self.assertLess(self.cpu(process) - before, 0.2)  # it does not spin
+        for peer in waiting[:25]:
+            peer.close()
+        self.assertEqual(waiting[-1].read_head().data(), "hi there!")
+
+    def cpu(self, process):
+        fields = Path(f"/proc/{process.pid}/stat").read_text().rsplit(")", 1)[1].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 if __name__ == "__main__":
