@@ -109,10 +109,7 @@ def encode_event(
             raise ValueError("retry must not be negative")
         lines.append(f"retry: {retry:d}")
     if id is not None:
-        text = _one_line("id", f"{id:d}" if _is_int(id) else id)
-        if "\0" in text:  # 9.2.6: an id that contains U+0000 is ignored
-            raise ValueError("id must not contain NUL")
-        lines.append(f"id: {text}")
+        lines.append(f"id: {_id_text(id)}")
     if data is not None:
         # 9.2.6: the reader joins the data lines of an event with LF.
         lines += [f"data: {line}" for line in _lines("data", data)]
@@ -144,6 +141,13 @@ def _one_line(name: str, text: object) -> str:
     if more:  # it would end the field and start another one
         raise ValueError(f"{name} must not contain a line break")
     return line
+
+
+def _id_text(id_: str | int) -> str:
+    text = _one_line("id", f"{id_:d}" if _is_int(id_) else id_)
+    if "\0" in text:  # 9.2.6: an id that contains U+0000 is ignored
+        raise ValueError("id must not contain NUL")
+    return text
 
 
 def _is_int(value: object) -> bool:
@@ -290,7 +294,7 @@ class Client:
         self.headers: Message = handler.headers
         """The request's header fields."""
         self.path, self._query = _split_target(handler.path)
-        self.last_event_id = _utf8(self.headers.get("Last-Event-ID", "").strip())
+        self.last_event_id = _utf8(self.headers.get("Last-Event-ID", ""))
         """The id of the last event that the client has seen; `""` if none."""
 
         self._socket = handler.connection
@@ -372,8 +376,8 @@ class Client:
             if self._closed:
                 return
             self._closed = True
-            self._backlog += _LAST_CHUNK if self._chunked else b""
-            self._moved = time.monotonic()
+            if self._chunked:
+                self._write(_LAST_CHUNK)
             self._flush()
         self._wake()
 
@@ -537,6 +541,7 @@ def _utf8(value: str) -> str:
 
     Standard, 9.2.4. What is not UTF-8 stays: Node's fetch sends Latin-1.
     """
+    value = value.strip(" \t")  # not more: 0xA0 and 0x85 end letters in UTF-8
     try:
         return value.encode("latin-1").decode()
     except UnicodeError:
@@ -613,7 +618,7 @@ class Channel:
                 id = f"{self._epoch}-{self._count + 1}"  # noqa: A001
             frame = encode_event(data, event=event, id=id)
             self._count += 1
-            name = "" if id is None else f"{id}"
+            name = "" if id is None else _id_text(id)
             self._remember(name, frame)
             if self._clients or self._pending:
                 self._pending.append(frame)
@@ -653,7 +658,7 @@ class Channel:
         with self._news:
             self._closed = True
             self._news.notify()
-        if self._thread is not None and self._thread is not threading.current_thread():
+        if self._thread is not None:
             self._thread.join()
 
     # --- inside; "(locked)" means that the caller holds the lock ---
@@ -810,6 +815,10 @@ class SSERequestHandler(BaseHTTPRequestHandler):
             self.send_error(HTTPStatus.BAD_REQUEST, "folded header lines are obsolete")
             return False
         return True
+
+    def handle_expect_100(self) -> bool:
+        """Ask for a body, but not for that of a HEAD: its head is still to come."""
+        return self.command == "HEAD" or super().handle_expect_100()
 
     def version_string(self) -> str:
         """Return what the Server header says: not which Python this is."""
@@ -1112,8 +1121,10 @@ class SSEServer(ThreadingHTTPServer):
             raise TypeError("a handler class goes into RequestHandlerClass=")
         if not path.startswith(("/", "*")):
             raise ValueError(f"path must start with / or *: {path!r}")
-        if keepalive is not None and keepalive <= 0:
+        if keepalive is not None and not keepalive > 0:
             raise ValueError("keepalive must be more than 0, or None")
+        if max_connections < 0 or max_backlog < 0:
+            raise ValueError("max_connections and max_backlog must not be negative")
         if retry is not None:
             encode_event(retry=retry)  # raises what is wrong with it
         self.on_connection: Callable[[Client], object] | None = on_connection
@@ -1249,7 +1260,7 @@ class SSEServer(ThreadingHTTPServer):
                 with contextlib.suppress(OSError):
                     request.shutdown(socket.SHUT_RD)
         while self._refused and (
-            self._refused[0][0] <= now or len(self._refused) > self.request_queue_size
+            self._refused[0][0] <= now or len(self._refused) > _REFUSED_AT_A_TIME
         ):
             _, request = self._refused.popleft()
             with contextlib.suppress(OSError), request:
@@ -1257,7 +1268,9 @@ class SSEServer(ThreadingHTTPServer):
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Log what a request's thread did not catch; a lost connection is no error."""
-        if isinstance(sys.exc_info()[1], (ConnectionError, socket.timeout)):
+        if isinstance(
+            sys.exc_info()[1], (ConnectionError, TimeoutError, socket.timeout)
+        ):
             logger.debug("%s: connection lost", client_address, exc_info=True)
         else:
             logger.exception("%s: request failed", client_address)
@@ -1316,6 +1329,7 @@ class _RequestThread(threading.Thread):
         server.process_request_thread(request, client_address)
 
 
+_REFUSED_AT_A_TIME = 32  # connections that are open only to be read why
 _TOO_MANY_TEXT = b"all of max_connections (--max-connections) are taken\n"
 _TOO_MANY = (
     b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nRetry-After: 5\r\n"
@@ -1329,15 +1343,16 @@ def _normal_set(
     """Check and normalize allowed_hosts or allowed_origins."""
     if isinstance(values, str):
         raise TypeError(f"{name} must be a list or the like, not one str")
-    for value in values:
-        if value != "*" and not normal(value):
+    normals = {value: "*" if value == "*" else normal(value) for value in values}
+    for value, normalized in normals.items():
+        if not normalized:
             raise ValueError(f"{name}: {value!r} is none")
-    return frozenset("*" if value == "*" else normal(value) for value in values)
+    return frozenset(normals.values())
 
 
 def _resolve(address: tuple[str, int]) -> tuple[socket.AddressFamily, Any]:
     """Find the family and the address to bind; IPv4 where a name has both."""
-    host, port = address
+    host, port = address[:2]
     found = socket.getaddrinfo(
         host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
     )
@@ -1355,6 +1370,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the server from the command line, until SIGINT or SIGTERM."""
     parser = _parser()
     options = parser.parse_args(arguments)
+    if sys.stderr is None:  # closed; http.server writes its log there
+        sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115
     _raise_descriptor_limit(options.max_connections + _DESCRIPTORS)
     lines = Channel() if options.source == "-" else None
     try:
@@ -1376,7 +1393,7 @@ def main(arguments: list[str] | None = None) -> None:
     with server:
         _stop_on_signals(server)
         print(_greeting(server), flush=True)
-        if lines and sys.stdin:
+        if lines and sys.stdin:  # None where it is closed
             threading.Thread(target=_publish_lines, args=(lines,), daemon=True).start()
         server.serve_forever(poll_interval=0.1)
         if lines:
@@ -1429,23 +1446,25 @@ def _greeting(server: SSEServer) -> str:
 
 
 def _publish_lines(channel: Channel) -> None:
-    """Publish each line of standard input as soon as it is there, until its end.
-
-    Read from the descriptor: at exit, a thread inside sys.stdin would be in the way.
-    """
-    for line in _lines_of(sys.stdin.fileno()):
-        try:
+    """Publish each line of standard input as soon as it is there, until its end."""
+    try:
+        for line in _lines_of(sys.stdin.fileno()):
             channel.publish(line.decode(errors="replace"))
-        except RuntimeError:  # it is closed: the server ends
-            return
+    except RuntimeError:
+        pass  # the channel is closed: the server ends
+    except OSError as error:
+        logger.error("standard input cannot be read: %s", error.strerror)
 
 
-def _lines_of(descriptor: int) -> Iterator[bytes]:
-    rest = b""
+def _lines_of(descriptor: int) -> Iterator[bytearray]:
+    # From the descriptor: at exit, a thread inside sys.stdin would abort the process.
+    rest = bytearray()
     while piece := os.read(descriptor, 2**16):
-        *lines, rest = (rest + piece).split(b"\n")
-        for line in lines:
-            yield line[:-1] if line.endswith(b"\r") else line
+        rest += piece
+        if b"\n" in piece:
+            *lines, rest = rest.split(b"\n")
+            for line in lines:
+                yield line[:-1] if line.endswith(b"\r") else line
     if rest:
         yield rest
 
