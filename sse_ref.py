@@ -769,6 +769,7 @@ class SSERequestHandler(BaseHTTPRequestHandler):
 
     linger = 1.0
     """Seconds to wait for the peer's FIN after ours, see `finish`."""
+    _may_be_unread = True  # input that was not asked for
 
     def do_GET(self) -> None:
         """Serve the event stream on the server's path, `serve_plain()` elsewhere."""
@@ -814,6 +815,10 @@ class SSERequestHandler(BaseHTTPRequestHandler):
         if any("\n" in value for value in self.headers.values()):  # RFC 9112, 5.2
             self.send_error(HTTPStatus.BAD_REQUEST, "folded header lines are obsolete")
             return False
+        fields = self.headers
+        self._may_be_unread = (
+            "Content-Length" in fields or "Transfer-Encoding" in fields
+        )
         return True
 
     def handle_expect_100(self) -> bool:
@@ -853,6 +858,8 @@ class SSERequestHandler(BaseHTTPRequestHandler):
         answer. So: our FIN, then read up to the peer's, and only then close.
         """
         super().finish()
+        if not self._may_be_unread:
+            return
         with contextlib.suppress(OSError):
             self.connection.shutdown(socket.SHUT_WR)
             deadline = time.monotonic() + self.linger
@@ -1002,7 +1009,7 @@ class SSERequestHandler(BaseHTTPRequestHandler):
         self.wfile.close()
         self.rfile.close()  # and the buffers need not live as long as the stream
         self.rfile = self.wfile = io.BytesIO()  # http.server still flushes and closes
-        self.linger = 0  # all input will have been read
+        self._may_be_unread = False  # the client reads what comes
         server._hold(client)
 
 
