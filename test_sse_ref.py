@@ -3,6 +3,7 @@
 """What you may rely on when you use sse_ref, a test a promise.
 
     python -m unittest
+    python test_sse_ref.py bench    # measures this machine, see `bench` at the end
 
 Streams are read here by a parser of the tests' own, written from the HTML standard's
 section 9.2.6 and RFC 9112's section 7.1, so that the module is not measured by itself.
@@ -2496,5 +2497,119 @@ class TheCommandLine(unittest.TestCase):
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
+class BenchHandler(QuietHandler):
+    """Pages by which `bench` runs the server, which is a process of its own."""
+
+    def serve_plain(self):
+        url, query = self.path.partition("?")[::2]
+        if url == "/publish":
+            count, gap = query.split("&")
+            publish = threading.Thread(
+                target=self.publish, args=(int(count), float(gap)), daemon=True
+            )
+            publish.start()
+        pages = Path("/proc/self/statm")
+        memory = int(pages.read_text().split()[1]) * 4096 if pages.exists() else 0
+        self._answer(200, f"{time.process_time()} {memory}")
+
+    def publish(self, count, gap):
+        for _ in range(count):
+            self.server.channel.publish(repr(time.monotonic()))
+            time.sleep(gap)
+
+
+def bench_server():
+    channel = Channel(history=0)
+    server = SSEServer(
+        ("127.0.0.1", 0),
+        channel.subscribe,
+        max_connections=100_000,
+        RequestHandlerClass=BenchHandler,
+    )
+    server.channel = channel
+    print(server.server_port, flush=True)
+    server.serve_forever()
+
+
+class Bench:
+    """Streams to a server, read by one loop; asks the server for its CPU and memory."""
+
+    def __init__(self, port, streams):
+        self.port = port
+        self.selector = selectors.DefaultSelector()
+        self.rest = {}  # what has come of an event by stream
+        self.latencies = []
+        for _ in range(streams):
+            stream = socket.create_connection(("127.0.0.1", port))
+            stream.sendall(b"GET /sse HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            self.selector.register(stream, selectors.EVENT_READ)
+            self.rest[stream] = b""
+
+    def ask(self, page="/"):
+        url = f"http://127.0.0.1:{self.port}{page}"
+        with urllib.request.urlopen(url) as answer:
+            return [float(word) for word in answer.read().split()]
+
+    def read(self, count, line):
+        """Read until so many lines like that have come to all streams together."""
+        matches = []
+        while len(matches) < count:
+            for key, _ in self.selector.select(PATIENCE) or sys.exit("events are lost"):
+                piece = self.rest[key.fileobj] + key.fileobj.recv(2**18)
+                now = time.monotonic()
+                whole, newline, rest = piece.rpartition(b"\n")
+                self.rest[key.fileobj] = rest
+                matches += [(now, text) for text in line.findall(whole + newline)]
+        return matches
+
+    def load(self, events, gap):
+        """Have events published; return seconds, CPU seconds and sorted latencies."""
+        deliveries = events * len(self.rest)
+        (before, _), begun = self.ask(), time.monotonic()
+        self.ask(f"/publish?{events}&{gap}")
+        got = self.read(deliveries, re.compile(rb"data: ([0-9.e+]+)\n"))
+        seconds = time.monotonic() - begun
+        latencies = sorted(now - float(text) for now, text in got)
+        return seconds, self.ask()[0] - before, latencies
+
+
+def bench(streams=1000, events=100):
+    """Measure a channel here: python test_sse_ref.py bench [STREAMS [EVENTS]]."""
+    sse_ref._raise_descriptor_limit(streams + 64)
+    server = subprocess.Popen(
+        [sys.executable, __file__, "bench-server"], stdout=subprocess.PIPE
+    )
+    try:
+        port = int(server.stdout.readline())
+        print(f"CPython {sys.version.split()[0]} on {os.cpu_count()} cores")
+        print(f"opening {streams} streams ...", flush=True)
+        memory, begun = Bench(port, 0).ask()[1], time.monotonic()
+        load = Bench(port, streams)
+        load.read(streams, re.compile(rb"(: ok)\n"))
+        print(f"  {time.monotonic() - begun:8.2f} s to open all")
+        print(
+            f"  {(load.ask()[1] - memory) / streams / 1000:8.1f} kB of memory a stream"
+        )
+        print(f"publishing {events} events, 50 ms apart ...", flush=True)
+        _, cpu, latencies = load.load(events, 0.05)
+        print(f"  {cpu * 1e6 / len(latencies):8.1f} us of CPU a delivery")
+        print(f"  {latencies[len(latencies) // 2] * 1e3:8.1f} ms median latency")
+        print(
+            f"  {latencies[len(latencies) * 99 // 100] * 1e3:8.1f} ms 99th percentile"
+        )
+        print("publishing 1000 events at once ...", flush=True)
+        seconds, _, latencies = load.load(1000, 0)
+        print(f"  {len(latencies) / seconds:8.0f} deliveries a second")
+    finally:
+        server.kill()
+        server.wait()
+        server.stdout.close()
+
+
 if __name__ == "__main__":
-    unittest.main()
+    if sys.argv[1:2] == ["bench-server"]:
+        bench_server()
+    elif sys.argv[1:2] == ["bench"]:
+        bench(*map(int, sys.argv[2:]))
+    else:
+        unittest.main()
