@@ -753,6 +753,23 @@ class ASlowReader(ServerCase):
         flood.check(self, peer)
         self.assertEqual(peer.finish().events, [])
 
+    def test_whose_buffers_are_full_gets_it_later(self):
+        client, peer = self.open()
+        peer.chunk()
+
+        class Full:
+            def __getattr__(self, name):
+                return getattr(sock, name)
+
+            def send(self, _):
+                client._socket = sock
+                raise BlockingIOError
+
+        with client._lock:
+            sock, client._socket = client._socket, Full()
+        client.send("x")
+        self.assertEqual(peer.data(), "x")
+
     def test_that_leaves_takes_its_backlog_with_it(self):
         client, peer = self.open(max_backlog=2**30)
         Flood(client.send)()
@@ -1516,18 +1533,26 @@ class ARequest(ServerCase):
             (b"GET / x y z\r\n\r\n", b"HTTP/1.1 400 "),
             (b"GET /" + b"x" * 70_000 + b" HTTP/1.1\r\n\r\n", b"HTTP/1.1 414 "),
             (b"GET / HTTP/1.1\r\n" + b"A: b\r\n" * 200 + b"\r\n", b"HTTP/1.1 431 "),
+            (b"\x16\x03\x01\x02\r\n", b"HTTP/1.1 400 "),  # TLS, say
+            (b"x" * 5_000_000, b"HTTP/1.1 414 "),  # most of it unread, yet answered
         ):
-            got = self.ask(server, request)
-            # What is refused before its version is read is answered without a head.
-            if got[:4] == b"HTTP":
-                self.assertEqual(got[: len(answer)], answer)
+            self.assertEqual(self.ask(server, request)[: len(answer)], answer)
 
     def test_with_a_body_gets_its_answer_all_the_same(self):
         # To close a socket with unread input would reset the connection.
         server = self.serve()
         head = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 3000000\r\n\r\n"
-        answer = self.ask(server, head + b"x" * 3_000_000)
-        self.assertTrue(answer.startswith(b"HTTP/1.1 405 "))
+        with self.logged() as records:
+            answer = self.ask(server, head + b"x" * 3_000_000)
+            self.assertTrue(answer.startswith(b"HTTP/1.1 405 "))
+            peer = Peer(server, head=head).read_head()
+            self.addCleanup(peer.close)
+            self.assertTrue(peer.file.read())  # and the server's FIN
+            peer.socket.sendall(b"x" * 1000)  # is read, not answered with an RST
+            peer.socket.shutdown(socket.SHUT_WR)
+            wait_until(lambda: not server._requests)
+            self.assertEqual(peer.socket.recv(1), b"")
+        self.assertEqual(records, [])
 
     def test_that_never_ends_is_not_read_for_ever(self):
         class Hasty(QuietHandler):
@@ -1903,6 +1928,10 @@ class WhoGetsIn(ServerCase):
         refuse.assert_not_called()
         self.assertEqual(self.preflight(server, "https://app.example"), 204)
         self.assertEqual(self.preflight(server, "https://evil.example"), 403)
+        fields = ("Host: evil.com", "Origin: https://app.example", headers)
+        ask = "Access-Control-Request-Method: GET"
+        self.assertEqual(self.head(server, ask, *fields, method="OPTIONS"), 403)
+        self.assertEqual(self.preflight(server, "https://evil.example"), 403)
         self.assertNotIn("Access-Control-Allow-Methods", self.fields)
 
     def test_cannot_ask_for_what_is_no_stream(self):
@@ -1948,6 +1977,14 @@ class WhoGetsIn(ServerCase):
         wait_until(lambda: len(server._requests) == 2)
         self.assertTrue(self.ask(server, request).endswith(b"okay"))
         wait_until(lambda: not server._refused, "the last of the refused to be closed")
+
+    def test_that_are_too_many_may_take_their_time_to_read_why(self):
+        server = self.serve(max_connections=0)
+        peer = Peer(server, X="x" * 20_000)
+        self.addCleanup(peer.close)
+        wait_until(lambda: server._refused)
+        wait_until(lambda: not server._refused)
+        self.assertTrue(peer.file.read().startswith(b"HTTP/1.1 503 "))
 
     def test_that_are_too_many_are_not_kept(self):
         server = self.serve(max_connections=0)
@@ -2106,16 +2143,26 @@ class TheServer(ServerCase):
     def test_waits_for_on_connection_but_not_for_ever(self):
         free = threading.Event()
         self.addCleanup(free.set)
-        server = self.serve(lambda _: free.wait(PATIENCE))
+        busy = threading.Event()
+
+        def on_connection(client):
+            client.wait(0.01)
+            busy.set()
+            free.wait(PATIENCE)
+
+        server = self.serve(on_connection)
         server.closing_grace, server.closing_timeout = 0.1, 0.3
         peer = self.connect(server)
-        wait_until(lambda: server.clients)
+        self.assertTrue(busy.wait(PATIENCE))
         begun = time.monotonic()
         server.shutdown()
         server.server_close()
         self.assertTrue(0.3 <= time.monotonic() - begun < 2)
         peer.finish()
-        free.set()
+        with self.logged() as records:
+            free.set()
+            wait_until(lambda: not server._requests)
+        self.assertEqual(records, [])
 
     def test_does_not_wait_for_a_request_that_never_came(self):
         server = self.serve()
