@@ -35,6 +35,7 @@ import _thread
 import argparse
 import contextlib
 import errno
+import http.client
 import io
 import ipaddress
 import logging
@@ -251,6 +252,9 @@ class _Watch:
 class Client:
     """One open event stream, as `on_connection` is given it.
 
+    `last_event_id`: the id of the last event that the client has seen; "" if none.
+    `path`, `query`, `headers`: of its request. `address`: the peer's host, port etc.
+
     Any thread may use it, but for `wait`, which is for the request's own.
     """
 
@@ -290,12 +294,9 @@ class Client:
         max_backlog: int,
     ) -> None:
         self.address: Any = handler.client_address
-        """The peer's address, as `socket.accept` gave it: host, port and so on."""
         self.headers: Message = handler.headers
-        """The request's header fields."""
         self.path, self._query = _split_target(handler.path)
         self.last_event_id = _utf8(self.headers.get("Last-Event-ID", ""))
-        """The id of the last event that the client has seen; `""` if none."""
 
         self._socket = handler.connection
         self._chunked = chunked
@@ -755,6 +756,19 @@ class Channel:
 # --- 4. HTTP ----------------------------------------------------------------------
 
 
+class _Input(io.BufferedReader):
+    """What a request sends, of which the head must not be too long."""
+
+    head_left: float = 2**17  # more than http.server's limit for the first line
+
+    def readline(self, size: int | None = -1) -> bytes:
+        line = super().readline(size)
+        self.head_left -= len(line)
+        if self.head_left < 0:
+            raise http.client.HTTPException("the head is too long")  # becomes a 431
+        return line
+
+
 class SSERequestHandler(BaseHTTPRequestHandler):
     """Answers a GET of the server's path with an event stream, any other with "okay".
 
@@ -805,10 +819,16 @@ class SSERequestHandler(BaseHTTPRequestHandler):
 
     # --- what http.server calls ---
 
+    def setup(self) -> None:
+        """Limit the head: http.server alone takes a hundred lines of 64 KiB."""
+        super().setup()
+        self.rfile = _Input(self.rfile.detach())
+
     def parse_request(self) -> bool:
         """Read the head; refuse what took too long to come, and folded lines."""
         if not super().parse_request():
             return False
+        self.rfile.head_left = inf  # type: ignore[attr-defined]
         if not self.server._in_time(self.connection):
             self.send_error(HTTPStatus.REQUEST_TIMEOUT)
             return False
@@ -1122,18 +1142,6 @@ class SSEServer(ThreadingHTTPServer):
         allowed_origins: Iterable[str] = (),
         RequestHandlerClass: type[SSERequestHandler] = SSERequestHandler,  # noqa: N803
     ) -> None:
-        if isinstance(on_connection, type) and issubclass(
-            on_connection, socketserver.BaseRequestHandler
-        ):
-            raise TypeError("a handler class goes into RequestHandlerClass=")
-        if not path.startswith(("/", "*")):
-            raise ValueError(f"path must start with / or *: {path!r}")
-        if keepalive is not None and not keepalive > 0:
-            raise ValueError("keepalive must be more than 0, or None")
-        if max_connections < 0 or max_backlog < 0:
-            raise ValueError("max_connections and max_backlog must not be negative")
-        if retry is not None:
-            encode_event(retry=retry)  # raises what is wrong with it
         self.on_connection: Callable[[Client], object] | None = on_connection
         self.path = path
         self.authorize = authorize
@@ -1141,18 +1149,10 @@ class SSEServer(ThreadingHTTPServer):
         self.retry = retry
         self.max_connections = max_connections
         self.max_backlog = max_backlog
-        self.allowed_hosts = _normal_set("allowed_hosts", allowed_hosts, _normal_host)
-        self.allowed_origins = _normal_set(
-            "allowed_origins", allowed_origins, _normal_origin
-        )
-
-        self._refused: deque[tuple[float, socket.socket]] = deque()  # closing
-        self._lock = threading.Lock()  # of the next four
-        self._requests: dict[socket.socket, threading.Thread] = {}
-        self._deadlines: dict[socket.socket, float] = {}  # of heads, the nearest first
-        self._clients: set[Client] = set()
-        self._closing = False
-        self._watch = _Watch()
+        self.allowed_hosts = _allowed("hosts", allowed_hosts, _normal_host)
+        self.allowed_origins = _allowed("origins", allowed_origins, _normal_origin)
+        self._check_options()
+        self._open_books()
         self.address_family, bindable = _resolve(server_address)
         super().__init__(bindable, RequestHandlerClass)
 
@@ -1284,6 +1284,29 @@ class SSEServer(ThreadingHTTPServer):
 
     # --- inside ---
 
+    def _check_options(self) -> None:
+        if isinstance(self.on_connection, type) and issubclass(
+            self.on_connection, socketserver.BaseRequestHandler
+        ):
+            raise TypeError("a handler class goes into RequestHandlerClass=")
+        if not self.path.startswith(("/", "*")):
+            raise ValueError(f"path must start with / or *: {self.path!r}")
+        if self.keepalive is not None and not self.keepalive > 0:
+            raise ValueError("keepalive must be more than 0, or None")
+        if self.retry is not None:
+            encode_event(retry=self.retry)  # raises what is wrong with it
+        if self.max_connections < 0 or self.max_backlog < 0:
+            raise ValueError("max_connections and max_backlog must not be negative")
+
+    def _open_books(self) -> None:
+        self._watch = _Watch()
+        self._refused: deque[tuple[float, socket.socket]] = deque()  # closing
+        self._lock = threading.Lock()  # of all that follows
+        self._requests: dict[socket.socket, threading.Thread] = {}
+        self._deadlines: dict[socket.socket, float] = {}  # of heads, the nearest first
+        self._clients: set[Client] = set()
+        self._closing = False
+
     def _refuse(self, request: socket.socket) -> None:
         """Answer a connection that is too many, without a thread or waiting."""
         logger.info("a connection was refused: there are max_connections already")
@@ -1344,16 +1367,16 @@ _TOO_MANY = (
 ) % (len(_TOO_MANY_TEXT), _TOO_MANY_TEXT)
 
 
-def _normal_set(
-    name: str, values: Iterable[str], normal: Callable[[str], str]
+def _allowed(
+    what: str, values: Iterable[str], normal: Callable[[str], str]
 ) -> frozenset[str]:
     """Check and normalize allowed_hosts or allowed_origins."""
     if isinstance(values, str):
-        raise TypeError(f"{name} must be a list or the like, not one str")
+        raise TypeError(f"allowed_{what} must be a list or the like, not one str")
     normals = {value: "*" if value == "*" else normal(value) for value in values}
     for value, normalized in normals.items():
         if not normalized:
-            raise ValueError(f"{name}: {value!r} is none")
+            raise ValueError(f"allowed_{what}: {value!r} is none")
     return frozenset(normals.values())
 
 
@@ -1375,23 +1398,14 @@ def _join(threads: Iterable[threading.Thread], deadline: float) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the server from the command line, until SIGINT or SIGTERM."""
-    parser = _parser()
-    options = parser.parse_args(arguments)
     if sys.stderr is None:  # closed; http.server writes its log there
         sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115
+    parser = _parser()
+    options = parser.parse_args(arguments)
     _raise_descriptor_limit(options.max_connections + _DESCRIPTORS)
     lines = Channel() if options.source == "-" else None
     try:
-        server = SSEServer(
-            (options.host, options.port),
-            lines.subscribe if lines else lambda client: client.send("hi there!"),
-            path=options.path,
-            keepalive=options.keepalive or None,
-            retry=options.retry,
-            max_connections=options.max_connections,
-            allowed_hosts=options.allow_host,
-            allowed_origins=options.allow_origin,
-        )
+        server = _server(options, lines.subscribe if lines else _greet)
     except (TypeError, ValueError) as error:
         parser.error(str(error))
     except OSError as error:
@@ -1405,6 +1419,25 @@ def main(arguments: list[str] | None = None) -> None:
         server.serve_forever(poll_interval=0.1)
         if lines:
             lines.close()
+
+
+def _greet(client: Client) -> None:
+    client.send("hi there!")
+
+
+def _server(
+    options: argparse.Namespace, on_connection: Callable[[Client], object]
+) -> SSEServer:
+    return SSEServer(
+        (options.host, options.port),
+        on_connection,
+        path=options.path,
+        keepalive=options.keepalive or None,
+        retry=options.retry,
+        max_connections=options.max_connections,
+        allowed_hosts=options.allow_host,
+        allowed_origins=options.allow_origin,
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -1439,6 +1472,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def port_number(text: str) -> int:
+    """Return a port; argparse says "invalid port_number value" of what is none."""
     port = int(text)
     if port not in range(2**16):
         raise ValueError

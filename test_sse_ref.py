@@ -1527,6 +1527,7 @@ class ARequest(ServerCase):
 
     def test_that_is_none_gets_an_answer_or_a_close(self):
         server = self.serve()
+        line = b"A: ".ljust(60_000, b"b") + b"\r\n"
         for request, answer in (
             (b"\r\n", b""),
             (b"GET / HTTP/9.9\r\n\r\n", b"HTTP/1.1 505 "),
@@ -1535,6 +1536,8 @@ class ARequest(ServerCase):
             (b"GET / HTTP/1.1\r\n" + b"A: b\r\n" * 200 + b"\r\n", b"HTTP/1.1 431 "),
             (b"\x16\x03\x01\x02\r\n", b"HTTP/1.1 400 "),  # TLS, say
             (b"x" * 5_000_000, b"HTTP/1.1 414 "),  # most of it unread, yet answered
+            (b"GET / HTTP/1.1\r\n" + line * 2 + b"\r\n", b"HTTP/1.1 200 "),
+            (b"GET / HTTP/1.1\r\n" + line * 3 + b"\r\n", b"HTTP/1.1 431 "),
         ):
             self.assertEqual(self.ask(server, request)[: len(answer)], answer)
 
@@ -1726,6 +1729,7 @@ class WhoGetsIn(ServerCase):
         lines = [f"{method} {target} HTTP/{version}", *fields, "", ""]
         answer = self.ask(server, "\r\n".join(lines).encode("latin-1"))
         head, _, self.body = answer.partition(b"\r\n\r\n")
+        self.assertNotIn(b"HTTP/1.1 ", self.body)  # one answer
         status, *rest = head.decode("latin-1").split("\r\n")
         self.fields = dict(line.split(": ", 1) for line in rest)
         return int(status.split()[1])
