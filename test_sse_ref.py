@@ -1320,7 +1320,7 @@ class AnySelector(ServerCase):
     def test_bears_sending_closing_and_leaving_at_once(self):
         for selector in self.SELECTORS:
             with mock.patch.object(selectors, "DefaultSelector", selector):
-                server = self.serve()
+                server = self.serve(max_backlog=2**30)
                 with self.subTest(selector.__name__), self.logged() as records:
                     for turn in range(30):
                         self.fight(server, turn)
