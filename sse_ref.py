@@ -83,7 +83,7 @@ def encode_event(
     data: str | None = None,
     *,
     event: str | None = None,
-    id: str | int | None = None,  # noqa: A002 - the field's name in the standard
+    id: str | int | None = None,
     retry: int | None = None,
 ) -> bytes:
     r"""Return one event as it goes over the wire: a line a field, then a blank line.
@@ -334,7 +334,7 @@ class Client:
         data: str | None = None,
         *,
         event: str | None = None,
-        id: str | int | None = None,  # noqa: A002
+        id: str | int | None = None,
         retry: int | None = None,
     ) -> None:
         """Send one event; the arguments are those of `encode_event`.
@@ -602,7 +602,7 @@ class Channel:
         data: str | None = None,
         *,
         event: str | None = None,
-        id: str | int | None = None,  # noqa: A002
+        id: str | int | None = None,
     ) -> str:
         """Send an event to all subscribers, and return its id; never waits for them.
 
@@ -616,7 +616,7 @@ class Channel:
         with self._news:
             self._check_open()
             if id is None and self._history and not (data is None and event is None):
-                id = f"{self._epoch}-{self._count + 1}"  # noqa: A001
+                id = f"{self._epoch}-{self._count + 1}"
             frame = encode_event(data, event=event, id=id)
             self._count += 1
             name = "" if id is None else _id_text(id)
@@ -639,12 +639,14 @@ class Channel:
         while True:
             with self._lock:
                 self._check_open()
+                if client in self._clients:
+                    return
                 if place is None:
                     place = self._place_of(last_id)
                 frames, place, last_id = self._missed(place, last_id)
                 if not frames:
                     # Nothing can come in between: the next event is for us, too.
-                    self._clients.setdefault(client, place)
+                    self._clients[client] = place
                     break
             client._send(b"".join(frames))
         client.on_close(self.unsubscribe)  # at once, if it has left meanwhile
@@ -772,7 +774,18 @@ class _Input(io.BufferedReader):
 class SSERequestHandler(BaseHTTPRequestHandler):
     """Answers a GET of the server's path with an event stream, any other with "okay".
 
-    To serve pages of your own beside the stream, override `serve_plain`.
+    To serve pages of your own beside the stream, override `serve_plain`:
+
+        class Handler(SSERequestHandler):
+            def serve_plain(self):
+                page = b"<script>new EventSource('/sse')</script>"
+                self.send_response(200)
+                self.send_header("Content-Type", "text/html")
+                self.send_header("Content-Length", str(len(page)))
+                self.end_headers()
+                self.wfile.write(page)
+
+        SSEServer(("127.0.0.1", 8080), RequestHandlerClass=Handler).serve_forever()
     """
 
     server: SSEServer
@@ -1097,6 +1110,13 @@ def _is_loopback(host: str) -> bool:
 class SSEServer(ThreadingHTTPServer):
     """An HTTP server that holds event streams open, each in its request's thread.
 
+        def on_connection(client):
+            client.send("hi there!")
+            while not client.wait(1):  # one second, or until the client has gone
+                client.send(time.ctime(), event="tick")
+
+        SSEServer(("127.0.0.1", 8080), on_connection).serve_forever()
+
     `server_address`: host and port, IPv4 or IPv6; port 0 picks a free one.
     `on_connection`: called with each new `Client`, in the request's own thread. The
     stream stays open after it returns; an exception in it is logged and ends that
@@ -1140,7 +1160,7 @@ class SSEServer(ThreadingHTTPServer):
         max_backlog: int = 2**20,
         allowed_hosts: Iterable[str] = (),
         allowed_origins: Iterable[str] = (),
-        RequestHandlerClass: type[SSERequestHandler] = SSERequestHandler,  # noqa: N803
+        RequestHandlerClass: type[SSERequestHandler] = SSERequestHandler,
     ) -> None:
         self.on_connection: Callable[[Client], object] | None = on_connection
         self.path = path

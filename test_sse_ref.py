@@ -1098,6 +1098,19 @@ class AReconnect(ChannelCase):
         self.assertEqual(events, wanted)
         self.resume(channel, channel.publish("newest"), 0)
 
+    def test_gets_it_once_even_if_it_subscribes_twice(self):
+        channel = self.channel()
+        first = channel.publish("a")
+        channel.publish("b")
+
+        def on_connection(client):
+            channel.subscribe(client)
+            channel.subscribe(client)
+            client.send("c")
+
+        peer = self.connect(self.serve(on_connection), Last_Event_ID=first)
+        self.assertEqual([peer.data(), peer.data()], ["b", "c"])
+
     def test_by_ids_of_ones_own_gets_what_it_missed(self):
         channel = self.channel()
         for number in range(5):
@@ -1548,13 +1561,15 @@ class ARequest(ServerCase):
         with self.logged() as records:
             answer = self.ask(server, head + b"x" * 3_000_000)
             self.assertTrue(answer.startswith(b"HTTP/1.1 405 "))
-            peer = Peer(server, head=head).read_head()
-            self.addCleanup(peer.close)
-            self.assertTrue(peer.file.read())  # and the server's FIN
-            peer.socket.sendall(b"x" * 1000)  # is read, not answered with an RST
-            peer.socket.shutdown(socket.SHUT_WR)
-            wait_until(lambda: not server._requests)
-            self.assertEqual(peer.socket.recv(1), b"")
+            chunked = head.replace(b"Content-Length: 3000000", b"Transfer-Encoding: x")
+            for request in (head, chunked):
+                peer = Peer(server, head=request).read_head()
+                self.addCleanup(peer.close)
+                self.assertTrue(peer.file.read())  # and the server's FIN
+                peer.socket.sendall(b"x" * 1000)  # is read, not answered with an RST
+                peer.socket.shutdown(socket.SHUT_WR)
+                wait_until(lambda: not server._requests)
+                self.assertEqual(peer.socket.recv(1), b"")
         self.assertEqual(records, [])
 
     def test_that_never_ends_is_not_read_for_ever(self):
@@ -1637,6 +1652,9 @@ class ThePath(ServerCase):
             ["http://localhost/sse", "HTTPS://LOCALHOST:1//sse?y"],
             ["http://localhost", "http:///x/sse", "ftp://localhost/sse"],
         )
+
+    def test_is_the_root_where_none_is_named(self):
+        self.check("/", ["/", "//", "http://localhost", "http://localhost?x"], ["/x"])
 
     def test_has_a_wildcard_for_any_characters(self):
         self.check(
@@ -1984,11 +2002,13 @@ class WhoGetsIn(ServerCase):
 
     def test_that_are_too_many_may_take_their_time_to_read_why(self):
         server = self.serve(max_connections=0)
-        peer = Peer(server, X="x" * 20_000)
+        silent, peer = Peer(server, head=b""), Peer(server, X="x" * 20_000)
+        self.addCleanup(silent.close)
         self.addCleanup(peer.close)
-        wait_until(lambda: server._refused)
+        wait_until(lambda: len(server._refused) == 2)
         wait_until(lambda: not server._refused)
         self.assertTrue(peer.file.read().startswith(b"HTTP/1.1 503 "))
+        self.assertTrue(self.ask(server, b"").startswith(b"HTTP/1.1 503 "))
 
     def test_that_are_too_many_are_not_kept(self):
         server = self.serve(max_connections=0)
@@ -2307,6 +2327,16 @@ class TheCommandLine(unittest.TestCase):
         tries = [line.split() for line in process.tries]
         self.assertEqual(tries, [["curl", url], ["curl", "-N", f"{url}/sse"]])
 
+    @unittest.skipUnless(socket.has_ipv6, "needs IPv6")
+    def test_says_where_it_serves_by_ipv6(self):
+        try:
+            socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+        except OSError as error:
+            self.skipTest(str(error))
+        process = self.start("--host", "::1")
+        self.assertIn(" http://[::1]:", process.greeting)
+        self.assertEqual(self.connect(process).data(), "hi there!")
+
     def test_serves_okay_and_hi_there(self):
         process = self.start()
         peer = self.connect(process, "/")
@@ -2527,18 +2557,16 @@ class TheCommandLine(unittest.TestCase):
     def test_bears_running_out_of_descriptors(self):
         import resource  # noqa: PLC0415
 
-        limit = mock.Mock(return_value=None)
         process = self.start(
             preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (30, 30))
         )
-        del limit
         waiting = [Peer(process) for _ in range(40)]
         for peer in waiting:
             self.addCleanup(peer.close)
         self.assertEqual(waiting[0].read_head().data(), "hi there!")
         before = self.cpu(process)
         time.sleep(0.5)
-        self.assertLess(self.cpu(process) - before, 0.2)  # it does not spin
+        self.assertLess(self.cpu(process) - before, 0.08)  # it does not spin
         for peer in waiting[:25]:
             peer.close()
         self.assertEqual(waiting[-1].read_head().data(), "hi there!")
