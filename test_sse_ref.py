@@ -642,6 +642,84 @@ class AStream(ServerCase):
         self.assertEqual(clients[0]._keepalive, float("inf"))
 
 
+class AsNpmSse(ServerCase):
+    """What the npm package's own tests ask, case for case, with the same bytes."""
+
+    def sent(self, *arguments, **fields):
+        """Send one event and close; return the stream without its comments."""
+
+        def on_connection(client):
+            client.send(*arguments, **fields)
+            client.close()
+
+        peer = self.connect(self.serve(on_connection))
+        frames = b"".join(iter(peer.chunk, b""))
+        return re.sub(rb"^:[^\n]*\n\n", b"", frames)
+
+    def is_stream(self, server, path):
+        return self.connect(server, path).fields["Content-Type"] == "text/event-stream"
+
+    def test_will_listen_on_sse_by_default(self):
+        self.assertTrue(self.is_stream(self.serve(), "/sse"))
+
+    def test_can_be_configured_to_listen_on_a_specific_path(self):
+        self.assertTrue(self.is_stream(self.serve(path="/something"), "/something"))
+
+    def test_can_be_configured_to_listen_on_a_wildcard_path(self):
+        server = self.serve(path="/something/*")
+        self.assertTrue(self.is_stream(server, "/something/foobar"))
+        self.assertFalse(self.is_stream(server, "/somethingelse"))
+
+    def test_can_block_a_request_by_a_verification_of_ones_own(self):
+        calls = []
+        server = self.serve(calls.append, authorize=lambda _: False)
+        self.assertFalse(self.is_stream(server, "/sse"))
+        self.assertEqual(calls, [])
+
+    def test_emits_connection_when_a_client_connects_and_close_when_it_leaves(self):
+        events = []
+
+        def on_connection(client):
+            events.append("connection")
+            client.on_close(lambda _: events.append("close"))
+
+        peer = self.connect(self.serve(on_connection))
+        wait_until(lambda: events == ["connection"])
+        peer.close()
+        wait_until(lambda: events == ["connection", "close"])
+
+    def test_has_its_two_headers(self):
+        fields = self.connect(self.serve()).fields
+        self.assertEqual(fields["Content-Type"], "text/event-stream")
+        self.assertEqual(fields["Cache-Control"], "no-cache, no-transform")
+
+    def test_close_ends_the_connection(self):
+        self.assertEqual(self.connect(self.serve(Client.close)).finish().events, [])
+
+    def test_sends_a_message_with_cr_lf_or_crlf_over_several_data_directives(self):
+        for text in ("foo\rbar\rbaz", "foo\nbar\nbaz", "foo\r\nbar\r\nbaz"):
+            self.assertEqual(self.sent(text), b"data: foo\ndata: bar\ndata: baz\n\n")
+
+    def test_sends_a_message_with_nonsensical_lfcr_over_several_data_directives(self):
+        lines = b"data: foo\ndata: \ndata: bar\ndata: \ndata: baz\ndata: \ndata: \n\n"
+        self.assertEqual(self.sent("foo\n\rbar\n\rbaz\n\r"), lines)
+
+    def test_sends_single_line_data(self):
+        self.assertEqual(self.sent("foobar"), b"data: foobar\n\n")
+
+    def test_sends_all_fields(self):
+        frame = self.sent("foo", event="bar", retry=6000, id=1)
+        self.assertEqual(frame, b"event: bar\nretry: 6000\nid: 1\ndata: foo\n\n")
+
+    def test_sends_event_and_data(self):
+        frame = self.sent("somedata", event="foobar")
+        self.assertEqual(frame, b"event: foobar\ndata: somedata\n\n")
+
+    def test_sends_event_data_and_id(self):
+        frame = self.sent("somedata", event="foobar", id=100)
+        self.assertEqual(frame, b"event: foobar\nid: 100\ndata: somedata\n\n")
+
+
 class Flood:
     """Frames that are too much for the kernel's buffers on the way to `peer`."""
 
