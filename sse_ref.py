@@ -179,12 +179,24 @@ class _Watch:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()  # of all that follows
-        self._closed = False
-        self._thread: threading.Thread | None = None  # nor the next, until needed
+        self._closed = True  # until open()
+        self._thread: threading.Thread | None = None  # started when first needed
         self._selector: selectors.BaseSelector
         self._bell: socket.socket
         self._button: socket.socket
         self._hears: bool
+
+    def open(self) -> None:
+        """Get the descriptors; at the server's start, while there are some."""
+        self._selector = selectors.DefaultSelector()
+        # These live in the kernel, where a sleeper learns of a change; poll() and
+        # select() know what they were called with.
+        kind = type(self._selector).__name__
+        self._hears = kind in ("EpollSelector", "KqueueSelector")
+        self._bell, self._button = socket.socketpair()
+        self._button.setblocking(False)
+        self._selector.register(self._bell, selectors.EVENT_READ)
+        self._closed = False
 
     def arm(self, client: Client, events: int) -> None:
         """Wake `client` once, when its socket is ready for one of `events`."""
@@ -211,26 +223,19 @@ class _Watch:
     def close(self) -> None:
         """End the thread and give the descriptors back."""
         with self._lock:
-            if self._closed or self._thread is None:
-                self._closed = True
+            if self._closed:
                 return
             self._closed = True
             self._press()
-        self._thread.join()
+        if self._thread is not None:
+            self._thread.join()
         for each in (self._selector, self._bell, self._button):
             each.close()
 
     def _start(self) -> None:
-        self._selector = selectors.DefaultSelector()
-        # These live in the kernel, where a sleeper learns of a change; poll() and
-        # select() know what they were called with.
-        kind = type(self._selector).__name__
-        self._hears = kind in ("EpollSelector", "KqueueSelector")
-        self._bell, self._button = socket.socketpair()
-        self._button.setblocking(False)
-        self._selector.register(self._bell, selectors.EVENT_READ)
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
+        thread = threading.Thread(target=self._run, daemon=True)
+        thread.start()
+        self._thread = thread
 
     def _press(self) -> None:
         with contextlib.suppress(BlockingIOError):  # full: it will ring all the same
@@ -771,6 +776,13 @@ class _Input(io.BufferedReader):
         return line
 
 
+class _Nowhere(io.BufferedIOBase):
+    """Where a body goes that is not to be sent."""
+
+    def write(self, data: Any, /) -> int:
+        return memoryview(data).nbytes
+
+
 class SSERequestHandler(BaseHTTPRequestHandler):
     """Answers a GET of the server's path with an event stream, any other with "okay".
 
@@ -814,14 +826,13 @@ class SSERequestHandler(BaseHTTPRequestHandler):
         if "Access-Control-Request-Method" in self.headers and self._is_for_stream():
             self._serve_preflight()
         else:
-            self.do_POST()
+            self._refuse_method()
 
-    def do_POST(self) -> None:
-        """Refuse a method that neither the stream nor "okay" knows."""
+    def _refuse_method(self) -> None:
         text = f"{self.command} is not allowed here, only GET and HEAD are\n"
         self._answer(HTTPStatus.METHOD_NOT_ALLOWED, text, {"Allow": "GET, HEAD"})
 
-    do_PUT = do_PATCH = do_DELETE = do_CONNECT = do_TRACE = do_POST
+    do_POST = do_PUT = do_PATCH = do_DELETE = do_CONNECT = do_TRACE = _refuse_method
 
     def serve_plain(self) -> None:
         """Answer a GET or HEAD that is not for the event stream; override to serve.
@@ -872,7 +883,7 @@ class SSERequestHandler(BaseHTTPRequestHandler):
         super().end_headers()
         if self.command == "HEAD":
             self.wfile.close()
-            self.wfile = Path(os.devnull).open("wb")  # noqa: SIM115
+            self.wfile = _Nowhere()
 
     def send_error(
         self, code: int, message: str | None = None, explain: str | None = None
@@ -1211,6 +1222,7 @@ class SSEServer(ThreadingHTTPServer):
 
     def server_bind(self) -> None:
         """Bind the socket, without HTTPServer's reverse look-up of the host's name."""
+        self._watch.open()
         socketserver.TCPServer.server_bind(self)
         self.server_name = str(self.server_address[0])
         self.server_port = self.server_address[1]

@@ -2,7 +2,7 @@
 # ruff: noqa: PLR2004 - in a test the number is the point
 """What you may rely on when you use sse_ref, a test a promise.
 
-    python -m unittest
+    python -X dev -W error::ResourceWarning -m unittest
     python test_sse_ref.py bench    # measures this machine, see `bench` at the end
 
 Streams are read here by a parser of the tests' own, written from the HTML standard's
@@ -1609,6 +1609,20 @@ class ARequest(ServerCase):
                 self.assertIn(b"\r\nAllow: GET, HEAD\r\n", answer)
                 self.assertTrue(answer.endswith(b"\n"))
 
+    def test_by_a_method_of_ones_own_is_served_and_others_are_not(self):
+        class Posting(QuietHandler):
+            def do_POST(self):
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                self._answer(200, body.decode()[::-1])
+
+        server = self.serve(handler=Posting)
+        rest = b" / HTTP/1.1\r\nHost: x\r\nContent-Length: 300000\r\n\r\n"
+        answer = self.ask(server, b"POST" + rest + b"ab" * 150_000)
+        self.assertTrue(answer.endswith(b"\r\n\r\n" + b"ba" * 150_000))
+        for method in (b"OPTIONS", b"PUT"):
+            answer = self.ask(server, method + rest)
+            self.assertTrue(answer.startswith(b"HTTP/1.1 405 "), answer)
+
     def test_by_an_unknown_method_gets_501(self):
         server = self.serve()
         for method in ("FOO", "get", "plain", "serve_plain", "__init__"):
@@ -2638,6 +2652,9 @@ class TheCommandLine(unittest.TestCase):
         process = self.start(
             preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (30, 30))
         )
+        with contextlib.ExitStack() as stack:  # a burst, before there was any stream
+            for _ in range(40):
+                stack.enter_context(socket.create_connection(process.server_address))
         waiting = [Peer(process) for _ in range(40)]
         for peer in waiting:
             self.addCleanup(peer.close)
@@ -2648,6 +2665,7 @@ class TheCommandLine(unittest.TestCase):
         for peer in waiting[:25]:
             peer.close()
         self.assertEqual(waiting[-1].read_head().data(), "hi there!")
+        self.assertNotIn("Traceback", self.stop(process))
 
     def cpu(self, process):
         fields = Path(f"/proc/{process.pid}/stat").read_text().rsplit(")", 1)[1].split()
