@@ -1473,33 +1473,19 @@ def _server(
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="sse_ref",
-        description="Serve an event stream; answer every other GET with okay.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    description = "Serve an event stream; answer other GETs with okay."
+    parser = argparse.ArgumentParser(prog="sse_ref", description=description)
     add = parser.add_argument
+    several: dict[str, Any] = {"action": "append", "default": []}
     add("source", nargs="?", choices=["-"], help="publish lines of standard input")
-    add("--host", default="127.0.0.1", help="address or name to listen on")
-    add("--port", type=port_number, default=8080, help="0 picks a free one")
-    add("--path", default="/sse", help="where the stream is; * is any characters")
-    add("--keepalive", type=float, default=15.0, metavar="SECONDS", help="0 for none")
-    add("--retry", type=int, metavar="MILLISECONDS", help="reconnection time to tell")
-    add("--max-connections", type=int, default=1000, metavar="N", help="of all kinds")
-    add(
-        "--allow-origin",
-        action="append",
-        default=[],
-        metavar="ORIGIN",
-        help="let pages of https://app.example read the stream, say; * is all",
-    )
-    add(
-        "--allow-host",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="let browsers here reach the stream by this name, too; * is any",
-    )
+    add("--host", default="127.0.0.1", help="address to listen on: %(default)s")
+    add("--port", type=port_number, default=8080, help="%(default)s; 0 picks one")
+    add("--path", default="/sse", help="%(default)s; * is any characters")
+    add("--keepalive", type=float, default=15, metavar="S", help="%(default)s; 0: none")
+    add("--retry", type=int, metavar="MS", help="reconnection time, milliseconds")
+    add("--max-connections", type=int, default=1000, metavar="N", help="%(default)s")
+    add("--allow-origin", **several, metavar="O", help="https://app.example, say, or *")
+    add("--allow-host", **several, metavar="H", help="a name without a port, or *")
     return parser
 
 
