@@ -23,8 +23,8 @@ idle. Any thread may send to any stream: it hands the bytes to the kernel at onc
 never waits for the reader. What the kernel does not take waits in that stream's
 backlog, and the stream's own thread carries it out.
 
-Each stream, each channel, the server and its watch has one lock. No thread ever holds
-two of them, so there is no order to get wrong.
+Each stream, each channel, the server and its watch have a lock each. No thread ever
+holds two of them, so there is no order to get wrong.
 
 "Standard" below means HTML's section 9.2, https://html.spec.whatwg.org/#server-sent-events
 """
@@ -103,7 +103,7 @@ def encode_event(
     if event is not None:
         lines.append(f"event: {_one_line('event', event)}")
     if retry is not None:
-        # 9.2.6: a retry of anything but ASCII digits is ignored, so is a sign.
+        # 9.2.6: a retry that is anything but ASCII digits is ignored.
         if not _is_int(retry):
             raise TypeError(f"retry must be int, not {type(retry).__name__}")
         if retry < 0:
@@ -363,7 +363,7 @@ class Client:
 
         RuntimeError: called from another thread than the request's own.
         """
-        if threading.get_ident() != self._owner:
+        if not self._in_own_thread():
             raise RuntimeError("wait() is for the request's own thread")
         deadline = inf if timeout is None else time.monotonic() + timeout
         while not self._closed:
@@ -590,7 +590,7 @@ class Channel:
         self._news = threading.Condition(self._lock)  # _pending or _closed has changed
         self._count = 0  # the number of the last event
         self._held: dict[int, tuple[str, bytes]] = {}  # id and frame by number
-        self._numbers = {f"{self._epoch}-0": 0}  # by id
+        self._numbers = {f"{self._epoch}-0": 0}  # by id; 0 is the beginning
         self._pending: list[bytes] = []  # frames up to _count, not yet delivered
         self._clients: dict[Client, int] = {}  # the place at which each has joined
         self._thread: threading.Thread | None = None  # started when first needed
@@ -700,7 +700,7 @@ class Channel:
         Some at a time: a slow client's backlog is not to hold the history as well.
         """
         frames = []
-        before_held = max(self._count - len(self._held), 0)
+        before_held = self._count - len(self._held)
         if place < before_held:
             if self._gap_event is not None:
                 # With nothing held yet, the next reconnect is to find no gap.
@@ -717,8 +717,9 @@ class Channel:
 
     def _start(self) -> None:
         if self._thread is None:
-            self._thread = threading.Thread(target=self._run, daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._run, daemon=True)
+            thread.start()
+            self._thread = thread
 
     def _run(self) -> None:
         """Deliver what was published, until the channel is closed: the one thread."""
@@ -938,7 +939,7 @@ class SSERequestHandler(BaseHTTPRequestHandler):
             self.send_header(name, value)
 
     def _serve_stream(self) -> None:
-        refusal = self._refuse_host() or self._refuse_origin() or self._refuse()
+        refusal = self._refuse_host() or self._refuse_origin() or self._refuse_user()
         if refusal:
             self._answer(*refusal, self._cors())
             return
@@ -1006,7 +1007,7 @@ class SSERequestHandler(BaseHTTPRequestHandler):
         reason = f"Origin {origin!a} is not in allowed_origins (--allow-origin)\n"
         return HTTPStatus.FORBIDDEN, reason
 
-    def _refuse(self) -> tuple[int, str] | None:
+    def _refuse_user(self) -> tuple[int, str] | None:
         """Refuse whom `authorize` does not let in."""
         answer: object = True
         if self.server.authorize is not None:
@@ -1171,7 +1172,7 @@ class SSEServer(ThreadingHTTPServer):
         max_backlog: int = 2**20,
         allowed_hosts: Iterable[str] = (),
         allowed_origins: Iterable[str] = (),
-        RequestHandlerClass: type[SSERequestHandler] = SSERequestHandler,
+        RequestHandlerClass: Callable[..., SSERequestHandler] = SSERequestHandler,
     ) -> None:
         self.on_connection: Callable[[Client], object] | None = on_connection
         self.path = path
@@ -1266,16 +1267,20 @@ class SSEServer(ThreadingHTTPServer):
                 self._requests[request] = thread
                 self._deadlines[request] = time.monotonic() + self.head_timeout
         if thread is None:
-            self._refuse(request)
+            self._turn_away(request)
         else:
             thread.start()
 
     def finish_request(self, request: Any, client_address: Any) -> None:
         """Have a handler handle the request."""
-        handler_class: Any = self.RequestHandlerClass
-        handler = handler_class.__new__(handler_class)
-        # What handler_class(...) would do, but for the reason that _RequestThread has.
-        handler.__init__(request, client_address, self)
+        make: Any = self.RequestHandlerClass
+        is_class = isinstance(make, type)
+        if is_class:
+            # What make(...) does, but see _RequestThread for the reason.
+            handler = make.__new__(make, request, client_address, self)
+            handler.__init__(request, client_address, self)
+        else:  # functools.partial, say
+            make(request, client_address, self)
 
     def shutdown_request(self, request: Any) -> None:
         """Close the request's connection, and forget it."""
@@ -1339,7 +1344,7 @@ class SSEServer(ThreadingHTTPServer):
         self._clients: set[Client] = set()
         self._closing = False
 
-    def _refuse(self, request: socket.socket) -> None:
+    def _turn_away(self, request: socket.socket) -> None:
         """Answer a connection that is too many, without a thread or waiting."""
         logger.info("a connection was refused: there are max_connections already")
         request.setblocking(False)
@@ -1550,7 +1555,9 @@ def _raise_descriptor_limit(needed: int) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < needed:
         most = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+        # Without a hard limit the system may still have one of its own, as macOS has.
+        with contextlib.suppress(OSError, OverflowError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 _DESCRIPTORS = 64  # what Python and the server have open besides

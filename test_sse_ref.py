@@ -14,6 +14,7 @@ from __future__ import annotations
 import codecs
 import contextlib
 import errno
+import functools
 import http.client
 import io
 import logging
@@ -27,11 +28,12 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import unittest
 import urllib.request
-from http.server import BaseHTTPRequestHandler
+from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler
 from pathlib import Path
 from unittest import mock
 
@@ -1597,6 +1599,21 @@ class ARequest(ServerCase):
         page = self.ask(server, b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
         self.assertEqual(len(page.partition(b"\r\n\r\n")[2]), 300_000)
         self.assertEqual(self.connect(server).fields["X-Accel-Buffering"], "no")
+
+    def test_may_be_served_by_a_handler_with_arguments_bound_to_it(self):
+        class Files(QuietHandler, SimpleHTTPRequestHandler):
+            def serve_plain(self):
+                SimpleHTTPRequestHandler.do_GET(self)
+
+        with tempfile.TemporaryDirectory() as folder:
+            Path(folder, "a.txt").write_text("a file")
+            server = self.serve(handler=functools.partial(Files, directory=folder))
+            page = self.ask(server, b"GET /a.txt HTTP/1.1\r\nHost: x\r\n\r\n")
+            self.assertTrue(page.endswith(b"\r\n\r\na file"), page)
+            head = self.ask(server, b"HEAD /a.txt HTTP/1.1\r\nHost: x\r\n\r\n")
+            self.assertIn(b"Content-Length: 6\r\n", head)
+            self.assertTrue(head.endswith(b"\r\n\r\n"), head)
+            self.assertEqual(self.connect(server).chunk(), b": ok\n\n")
 
     def test_by_another_known_method_gets_405(self):
         server = self.serve()
