@@ -16,6 +16,7 @@ import contextlib
 import errno
 import functools
 import http.client
+import inspect
 import io
 import logging
 import os
@@ -247,6 +248,39 @@ class ServerCase(unittest.TestCase):
                 yield records
             finally:
                 sse_ref.logger.removeHandler(handler)
+
+
+class TheModule(unittest.TestCase):
+    """The names, and what is assumed where nothing is said."""
+
+    def defaults(self, function):
+        parameters = inspect.signature(function).parameters.values()
+        return {p.name: p.default for p in parameters if p.default is not p.empty}
+
+    def test_assumes_what_it_promises(self):
+        self.assertEqual(
+            self.defaults(SSEServer),
+            {
+                "on_connection": None,
+                "path": "/sse",
+                "authorize": None,
+                "keepalive": 15.0,
+                "retry": None,
+                "max_connections": 1000,
+                "max_backlog": 1024 * 1024,
+                "allowed_hosts": (),
+                "allowed_origins": (),
+                "RequestHandlerClass": SSERequestHandler,
+            },
+        )
+        self.assertEqual(self.defaults(Channel), {"history": 1000, "gap_event": "gap"})
+        self.assertEqual(SSEServer.head_timeout, 10)
+        self.assertEqual(Client.stall_timeout, 30)
+
+    def test_exports_its_six_names_each_with_a_docstring(self):
+        self.assertEqual(len(sse_ref.__all__), 6)
+        for name in sse_ref.__all__:
+            self.assertTrue(getattr(sse_ref, name).__doc__, name)
 
 
 class TheFrame(unittest.TestCase):
