@@ -2,31 +2,56 @@
 """Server-sent events on Python's own http.server: a reference to run, paste and read.
 
     python sse_ref.py
-    curl http://localhost:8080            # prints "okay"; the server closes
-    curl -N http://localhost:8080/sse     # prints "data: hi there!"; and stays
+    curl http://localhost:8080            # prints "okay", and the server closes
+    curl -N http://localhost:8080/sse     # prints "data: hi there!", and stays
 
-An event stream is an HTTP response that does not end. The server answers a GET with
-`Content-Type: text/event-stream`, keeps the connection, and writes a frame of text
-whenever it has something to say. A browser reads it with `new EventSource(url)`, and
-connects again by itself when it ends, naming the last event it has seen.
+An event stream is an HTTP response that does not end. The server answers a request
+with `Content-Type: text/event-stream`, keeps the connection open, and writes a few
+lines of text whenever it has something to say. A browser reads them with
+`new EventSource(url)`. When the stream ends, the browser connects again by itself and
+names the last event that it has seen.
 
-The text below has five chapters, each resting only on those above it:
+Contents:
 
-    1. The frame        what an event looks like on the wire
-    2. One stream       Client: one open response, and the thread that holds it
-    3. Many streams     Channel: one publish for all, and nothing lost on a reconnect
-    4. HTTP             SSERequestHandler: what a request is answered
-    5. The server       SSEServer: who is connected, how it ends; the command line
+    1. An event          what goes over the wire
+    2. One stream        Client: the states of a stream, and how bytes leave it
+    3. Many streams      Channel: one publish for all, and nothing lost on a reconnect
+    4. A request         SSERequestHandler: from the first byte to the answer
+    5. Who gets in       Host, Origin, the program's own authorization
+    6. The server        SSEServer: its connections, its I/O thread, its end
+    7. The command line
 
-Each request has a thread of its own, as in http.server; it sleeps while its stream is
-idle. Any thread may send to any stream: it hands the bytes to the kernel at once and
-never waits for the reader. What the kernel does not take waits in that stream's
-backlog, and the stream's own thread carries it out.
+The life of a stream, and the thread that takes each step:
 
-Each stream, each channel, the server and its watch have a lock each. No thread ever
-holds two of them, so there is no order to get wrong.
+    step                                    where                        thread
+    ----                                    -----                        ------
+    accept, and start a thread              SSEServer.process_request    main
+    read the head                           Handler._read_head           request's own
+    find the method, check the Host         Handler.handle_one_request   request's own
+    check Origin and user, make the Client  Handler.serve_stream         request's own
+    run the program's part                  on_connection(client)        request's own
+    send the head and an event              Client.send                  any
+    send one event to all subscribers       Channel._fan_out             fan-out
+    send what the kernel did not take       Client._on_ready             I/O
+    send a keep-alive comment               Client._check_deadline       I/O
+    notice that the peer has left           Client._on_ready             I/O
+    end the stream                          Client.close                 any
+    run the on_close callbacks, close       Handler._hold_stream         request's own
 
-"Standard" below means HTML's section 9.2, https://html.spec.whatwg.org/#server-sent-events
+So there are three kinds of threads besides the main thread, which accepts:
+
+  * A thread per request runs the handler and `on_connection`. Then it sleeps until
+    the stream ends.
+  * One I/O thread per server watches all open streams with a selector. It does what
+    has to be done at a certain time, whatever the request's thread is doing.
+  * One fan-out thread per channel writes each event to the channel's subscribers. It
+    exists while there are subscribers.
+
+Each server, client and channel has one lock, and so has the I/O thread. A thread that
+holds a client's lock may take that of a channel or of the I/O thread. No other two are
+ever held together, so no two threads can wait for each other.
+
+"Standard" below means section 9.2 of HTML, https://html.spec.whatwg.org/#server-sent-events
 """
 
 from __future__ import annotations
@@ -51,18 +76,18 @@ import struct
 import sys
 import threading
 import time
-from collections import deque
 from email.message import Message
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from math import inf
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator, Mapping
+from typing import Any, Callable, Iterable, Iterator, Mapping, NamedTuple, Tuple, Union
 from urllib.parse import parse_qs
 
 __all__ = [
     "Channel",
     "Client",
+    "Refusal",
     "SSERequestHandler",
     "SSEServer",
     "encode_comment",
@@ -72,10 +97,10 @@ __all__ = [
 logger = logging.getLogger("sse_ref")
 
 
-# --- 1. The frame -----------------------------------------------------------------
+# --- 1. An event ------------------------------------------------------------------
 
-# Standard, 9.2.5: end-of-line = ( cr lf / cr / lf ). Not str.splitlines(), which also
-# breaks at U+2028, U+0085, form feed and more: those are data.
+# Standard, 9.2.5: a line ends with CR LF, CR or LF. str.splitlines() would also break
+# at U+2028, U+0085, form feed and others, which are data.
 _LINE_BREAK = re.compile(r"\r\n|\r|\n")
 
 
@@ -86,46 +111,45 @@ def encode_event(
     id: str | int | None = None,
     retry: int | None = None,
 ) -> bytes:
-    r"""Return one event as it goes over the wire: a line a field, then a blank line.
+    r"""Return one event as it goes over the wire: a line per field, then a blank line.
 
     >>> encode_event("one\ntwo", event="news", id=7)
     b'event: news\nid: 7\ndata: one\ndata: two\n\n'
 
     `data` is the text of the event; `""` is an event with empty data. `event` is its
-    type ("message" where there is none). `id` becomes the client's last event ID;
-    `""` resets it. `retry` is the reconnection time in milliseconds.
+    type; without one it is a "message". `id` becomes the client's last event ID; `""`
+    resets it. `retry` is the reconnection time in milliseconds.
 
-    TypeError: a field is of another type. ValueError: there is no field at all, or a
-    reader would not get back what was given: a line break in `event` or `id`, a NUL
-    in `id`, a negative `retry`, a lone surrogate.
+    Raises TypeError if a field has another type. Raises ValueError if no field is
+    given, or if a reader would not get back what was given: a line break in `event` or
+    `id`, a NUL in `id`, a negative `retry`, a lone surrogate.
     """
     lines = []
     if event is not None:
-        lines.append(f"event: {_one_line('event', event)}")
+        lines.append("event: " + _one_line("event", event))
     if retry is not None:
-        # 9.2.6: a retry that is anything but ASCII digits is ignored.
         if not _is_int(retry):
             raise TypeError(f"retry must be int, not {type(retry).__name__}")
-        if retry < 0:
+        if retry < 0:  # The standard, 9.2.6, ignores all but ASCII digits.
             raise ValueError("retry must not be negative")
-        lines.append(f"retry: {retry:d}")
+        lines.append(f"retry: {int(retry)}")
     if id is not None:
-        lines.append(f"id: {_id_text(id)}")
+        lines.append("id: " + _id_text(id))
     if data is not None:
-        # 9.2.6: the reader joins the data lines of an event with LF.
-        lines += [f"data: {line}" for line in _lines("data", data)]
+        # Standard, 9.2.6: the reader joins the data lines of an event with LF.
+        lines += ["data: " + line for line in _lines("data", data)]
     if not lines:
         raise ValueError("an event needs at least one of data, event, id and retry")
-    return "\n".join([*lines, "", ""]).encode()  # 9.2.5: always UTF-8
+    return "\n".join([*lines, "", ""]).encode()  # Standard, 9.2.5: always UTF-8.
 
 
 def encode_comment(text: str = "") -> bytes:
     """Return `text` as comment lines, which every reader ignores (standard, 9.2.6).
 
-    No blank line follows, so nothing is dispatched. 9.2.7 advises such a comment
-    "every 15 seconds or so", because proxies drop connections that stay silent.
+    No blank line follows: it would dispatch nothing, but some clients report an empty
+    event at every blank line.
 
-    TypeError: `text` is not str. ValueError: it holds a lone surrogate.
+    Raises TypeError if `text` is not str, ValueError if it holds a lone surrogate.
     """
     return "".join(f": {line}\n" for line in _lines("a comment", text)).encode()
 
@@ -134,19 +158,20 @@ def _lines(name: str, text: object) -> list[str]:
     if not isinstance(text, str):
         advice = "; json.dumps() turns other values into one" if name == "data" else ""
         raise TypeError(f"{name} must be str, not {type(text).__name__}{advice}")
+    # Splitting makes plain strings, also of a subclass that prints as something else.
     return _LINE_BREAK.split(text)
 
 
 def _one_line(name: str, text: object) -> str:
     line, *more = _lines(name, text)
-    if more:  # it would end the field and start another one
+    if more:  # A second line would be another field.
         raise ValueError(f"{name} must not contain a line break")
     return line
 
 
 def _id_text(id_: str | int) -> str:
-    text = _one_line("id", f"{id_:d}" if _is_int(id_) else id_)
-    if "\0" in text:  # 9.2.6: an id that contains U+0000 is ignored
+    text = str(int(id_)) if _is_int(id_) else _one_line("id", id_)
+    if "\0" in text:  # Standard, 9.2.6: an id that contains U+0000 is ignored.
         raise ValueError("id must not contain NUL")
     return text
 
@@ -156,183 +181,124 @@ def _is_int(value: object) -> bool:
 
 
 def _encode_chunk(frames: bytes) -> bytes:
-    # RFC 9112, 7.1. The standard (9.2.7) warns of chunking by a layer that does not
-    # know the timing of the events. This one does: a chunk is what is written at once.
+    """Return `frames` as one chunk of a chunked body (RFC 9112, 7.1).
+
+    The standard, 9.2.7, warns of chunking by a layer that does not know the timing of
+    the events. This layer does: what is written at once is one chunk.
+    """
     return b"%x\r\n%b\r\n" % (len(frames), frames)
 
 
 _LAST_CHUNK = b"0\r\n\r\n"
+_FIRST_COMMENT = b": ok\n"
 _KEEPALIVE = encode_comment("keep-alive")
 
 
 # --- 2. One stream ----------------------------------------------------------------
 
 
-class _Watch:
-    """One thread that watches the sockets of all sleeping clients, and wakes them.
+class _Wakeup:
+    """Wakes the thread that waits for it; once, however often it was set before.
 
-    Why does a request's thread not sleep in a selector of its own? Because another
-    thread that leaves it a backlog would have to wake it, and poll() and select() do
-    not notice a change made while they sleep. A descriptor to wake it by (or an epoll
-    object, which does notice) would make two descriptors a stream.
+    threading.Event and Condition run Python code while they hold a lock. An exception
+    that a signal handler raises in there would leave that lock held for ever. Here
+    every step is one call into C.
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()  # of all that follows
-        self._closed = True  # until open()
-        self._thread: threading.Thread | None = None  # started when first needed
-        self._selector: selectors.BaseSelector
-        self._bell: socket.socket
-        self._button: socket.socket
-        self._hears: bool
+        self._asleep = threading.Lock()
+        self._asleep.acquire()
 
-    def open(self) -> None:
-        """Get the descriptors; at the server's start, while there are some."""
-        self._selector = selectors.DefaultSelector()
-        # These live in the kernel, where a sleeper learns of a change; poll() and
-        # select() know what they were called with.
-        kind = type(self._selector).__name__
-        self._hears = kind in ("EpollSelector", "KqueueSelector")
-        self._bell, self._button = socket.socketpair()
-        self._button.setblocking(False)
-        self._selector.register(self._bell, selectors.EVENT_READ)
-        self._closed = False
+    def set(self) -> None:
+        with contextlib.suppress(RuntimeError):  # It has been set already.
+            self._asleep.release()
 
-    def arm(self, client: Client, events: int) -> None:
-        """Wake `client` once, when its socket is ready for one of `events`."""
-        with self._lock:
-            if self._closed or client._armed == events:
-                return
-            if self._thread is None:
-                self._start()
-            if client._armed:
-                self._selector.modify(client._socket, events, client)
-            else:
-                self._selector.register(client._socket, events, client)
-            client._armed = events
-            if not self._hears:
-                self._press()
+    def wait(self, timeout: float = inf) -> None:
+        self._asleep.acquire(timeout=min(max(timeout, 0), threading.TIMEOUT_MAX))
 
-    def disarm(self, client: Client) -> None:
-        """Forget `client`; needed before its socket is closed."""
-        with self._lock:
-            if client._armed and not self._closed:
-                self._selector.unregister(client._socket)
-                client._armed = 0
 
-    def close(self) -> None:
-        """End the thread and give the descriptors back."""
-        with self._lock:
-            if self._closed:
-                return
-            self._closed = True
-            self._press()
-        if self._thread is not None:
-            self._thread.join()
-        for each in (self._selector, self._bell, self._button):
-            each.close()
+# The states of a Client. Each leads to those below it.
+#
+# state         entered by                   send() then             still delivered
+# -----         ----------                   -----------             ---------------
+# HEAD_PENDING  serve_stream                 sends the head, too     -
+# OPEN          what first sends something   sends                   everything
+# CLOSING       close()                      raises BrokenPipeError  what was sent or
+#                                                                    published before
+# CLOSED        close() or the I/O thread,   raises BrokenPipeError  nothing
+#               when the FIN is out; whoever
+#               finds that the peer has left
+#
+# Client.closed is True in CLOSING and CLOSED: nothing more can be sent. In HEAD_PENDING
+# on_connection may still raise a Refusal; then the next state is CLOSED.
+_HEAD_PENDING = "head pending"
+_OPEN = "open"
+_CLOSING = "closing"
+_CLOSED = "closed"
 
-    def _start(self) -> None:
-        thread = threading.Thread(target=self._run, daemon=True)
-        thread.start()
-        self._thread = thread
-
-    def _press(self) -> None:
-        with contextlib.suppress(BlockingIOError):  # full: it will ring all the same
-            self._button.send(b"\0")
-
-    def _run(self) -> None:
-        while not self._closed:
-            for key, _ in self._selector.select():
-                client = key.data
-                if client is None:
-                    self._bell.recv(4096)
-                    continue
-                # Once only: else a client that sends more than we read, or leaves
-                # while its thread is busy, would have us go round and round.
-                self.disarm(client)
-                client._wake()
+_READ = selectors.EVENT_READ
+_READ_AND_WRITE = selectors.EVENT_READ | selectors.EVENT_WRITE
+_SMALL_PIECE = 2**13  # bytes
 
 
 class Client:
-    """One open event stream, as `on_connection` is given it.
+    """One open event stream, as `on_connection` gets it.
 
-    `last_event_id`: the id of the last event that the client has seen; "" if none.
-    `path`, `query`, `headers`: of its request. `address`: the peer's host, port etc.
+    `last_event_id`: the ID of the last event that the client has seen, "" if none.
+    `path`, `query`, `headers`: from its request; `path` has no query string.
+    `address`: the host and port of the peer.
 
-    Any thread may use it, but for `wait`, which is for the request's own.
+    A program may set attributes of its own, for example `client.user = "ada"`. Any
+    thread may call any method, except `wait`.
     """
 
     stall_timeout = 30.0
-    """Seconds for which a backlog may stand still before its stream is ended."""
+    """Seconds after which a stream is ended whose backlog does not move."""
+    head_delay = 0.5
+    """Seconds after which the head is sent even if nothing else was sent."""
+    max_input = 2**16
+    """Bytes that a client may send on an open stream before it is cut off."""
 
-    __slots__ = (
-        "_armed",
-        "_backlog",
-        "_callbacks",
-        "_chunked",
-        "_closed",
-        "_keepalive",
-        "_lock",
-        "_max_backlog",
-        "_moved",
-        "_owner",
-        "_query",
-        "_reason",
-        "_sleep",
-        "_socket",
-        "_watch",
-        "_written",
-        "address",
-        "headers",
-        "last_event_id",
-        "path",
-    )
-
-    def __init__(
-        self,
-        handler: BaseHTTPRequestHandler,
-        watch: _Watch,
-        *,
-        chunked: bool,
-        keepalive: float | None,
-        max_backlog: int,
-    ) -> None:
+    def __init__(self, handler: SSERequestHandler, head: bytes) -> None:
         self.address: Any = handler.client_address
         self.headers: Message = handler.headers
-        self.path, self._query = _split_target(handler.path)
-        self.last_event_id = _utf8(self.headers.get("Last-Event-ID", ""))
+        self.path, _, self._query = handler._target.partition("?")
+        self.last_event_id = _undo_latin_1(self.headers.get("Last-Event-ID", ""))
 
-        self._socket = handler.connection
-        self._chunked = chunked
-        self._keepalive = inf if keepalive is None else keepalive
-        self._max_backlog = max_backlog
-        self._owner = threading.get_ident()
+        self._server = handler.server
+        self._io_thread = handler.server._start_io_thread()
+        self._socket: socket.socket = handler.connection
+        self._is_chunked = handler._is_chunked()
+        self._own_thread = threading.get_ident()
+        self._wakeup = _Wakeup()  # wakes the request's own thread
 
-        self._lock = threading.Lock()  # of the next six, and of writing at all
-        self._backlog = bytearray()  # what the kernel has not taken yet
-        self._moved = 0.0  # when the kernel last took some of it
-        self._written = time.monotonic()  # when anything was last written
-        self._closed = False  # nothing is to be added to the stream any more
-        self._reason = ""  # why it was we who cut it off, for the log
+        # Guards all that follows, and every use of the socket.
+        self._lock = threading.Lock()
+        self._state = _HEAD_PENDING
+        self._head = head
+        self._last_write = time.monotonic()  # when the kernel last took something
+        self._backlog: list[bytes] = []  # what the kernel has not taken yet
+        self._backlog_size = 0  # bytes
+        self._offset = 0  # how much of the first piece the kernel has taken
+        self._drained = 0  # bytes that have left the backlog since the beginning
+        self._awaited: float = inf  # the own thread waits until so many have left it
+        self._has_last_chunk = False  # It was sent, or is in the backlog.
+        self._subscriptions: dict[Channel, _Subscription] = {}
+        self._has_resumed = False  # A channel has used last_event_id.
+        self._interest = 0  # the events that the I/O thread watches the socket for
+        self._received = 0  # bytes that the peer has sent on the open stream
+        self._reset_reason = ""
         self._callbacks: list[Callable[[Client], object]] = []
-
-        # The own thread sleeps by acquiring a lock that is never free; who wakes it
-        # releases that. (threading.Event does it too, for ten times the memory.)
-        self._sleep = threading.Lock()
-        self._sleep.acquire()
-        self._watch = watch
-        self._armed = 0  # the watch's note: the events it is watching for
 
     @property
     def query(self) -> dict[str, list[str]]:
-        """The values of the query string by name, blank ones too."""
+        """The values of the query string by name, blank ones included."""
         return parse_qs(self._query, keep_blank_values=True)
 
     @property
     def closed(self) -> bool:
-        """True once the stream has ended, by either side."""
-        return self._closed
+        """True as soon as nothing more can be sent, whoever has ended the stream."""
+        return self._state in (_CLOSING, _CLOSED)
 
     def send(
         self,
@@ -342,265 +308,390 @@ class Client:
         id: str | int | None = None,
         retry: int | None = None,
     ) -> None:
-        """Send one event; the arguments are those of `encode_event`.
+        """Send one event. The arguments are those of `encode_event`.
 
-        From any other thread than the request's own this never waits. In that one it
-        returns when the kernel has all, so a producer is slowed to its reader's pace.
+        Any thread may call this. What the kernel does not take at once waits in the
+        backlog, and the I/O thread sends it. Only the request's own thread waits until
+        what it sent has left the backlog; so a producer there keeps its reader's pace.
 
-        BrokenPipeError: the stream has ended; let it pass out of `on_connection`.
+        Raises BrokenPipeError if the stream has ended; let it pass out of
+        `on_connection`. Raises what `encode_event` raises; then nothing is sent.
         """
         self._send(encode_event(data, event=event, id=id, retry=retry))
 
     def comment(self, text: str = "") -> None:
-        """Send `text` as a comment, which readers ignore; else like `send`."""
+        """Send `text` as a comment, which readers ignore; otherwise like `send`."""
         self._send(encode_comment(text))
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Hold the stream open for `timeout` seconds; True as soon as it has ended.
+        """Hold the stream for `timeout` seconds, or until it ends; return `closed`.
 
-        This is where the backlog moves, the keep-alive is sent and the peer's leaving
-        is noticed, so do your waiting here. None: until the stream ends.
-
-        RuntimeError: called from another thread than the request's own.
+        Without a timeout it returns when the stream ends. Only the request's own thread
+        may call this; RuntimeError otherwise.
         """
-        if not self._in_own_thread():
+        if threading.get_ident() != self._own_thread:
             raise RuntimeError("wait() is for the request's own thread")
         deadline = inf if timeout is None else time.monotonic() + timeout
-        while not self._closed:
-            self._turn(deadline)
-            if time.monotonic() >= deadline:
-                break
-        return self._closed
+        with self._lock:
+            self._write(b"")  # The head, if it is still pending.
+        self._sleep_until(lambda: self.closed, deadline)
+        return self.closed
 
     def close(self) -> None:
-        """End the stream in good order, after all that was sent before.
+        """End the stream in good order, after all that was sent or published before.
 
-        From any thread, at any time; returns at once. What is in the backlog is still
-        carried out.
+        Any thread may call this, at any time. It does not wait: the I/O thread sends
+        the rest.
         """
         with self._lock:
-            if self._closed:
+            if self.closed:
                 return
-            self._closed = True
-            if self._chunked:
-                self._write(_LAST_CHUNK)
-            self._flush()
-        self._wake()
+            self._write(b"")  # The head, if it is still pending.
+            if self._state is _CLOSED:
+                return
+            self._state = _CLOSING
+            for channel, subscription in self._subscriptions.items():
+                subscription.stop = channel._count
+            self._advance()
+        self._wakeup.set()
 
     def on_close(self, callback: Callable[[Client], object]) -> None:
-        """Call `callback(client)` once, in the request's own thread, at the end.
+        """Call `callback(client)` once, in the request's own thread, after the end.
 
-        Where the stream has ended already it is called at once, by this thread.
+        If the stream has ended already, this thread calls it at once.
         """
         with self._lock:
-            if not self._closed:
+            if self._state is not _CLOSED:
                 self._callbacks.append(callback)
                 return
         callback(self)
 
-    # --- inside; "(locked)" means that the caller holds the lock ---
+    # How bytes leave. The caller of a method marked "(locked)" holds the client's lock.
 
     def _send(self, frames: bytes) -> None:
-        taken = self._offer(_encode_chunk(frames) if self._chunked else frames)
-        if self._backlog and self._in_own_thread():
-            self._drain()
-            taken = not self._closed
-        if not taken:
-            raise BrokenPipeError(errno.EPIPE, "the event stream has ended")
-
-    def _offer(self, wire: bytes) -> bool:
-        """Write `wire`, if that is still possible."""
+        is_own_thread = threading.get_ident() == self._own_thread
         with self._lock:
-            # Found over the limit by who wants to add more: so a piece larger than
-            # the limit drops nobody who keeps up.
-            if len(self._backlog) > self._max_backlog and not self._in_own_thread():
-                self._lose("it reads too slowly")
-            if not self._closed:
-                self._write(wire)
-            return not self._closed
+            # The test comes before the frames are added, so a frame that is larger than
+            # the limit does no harm by itself.
+            is_full = self._backlog_size > self._server.max_backlog
+            if is_full and not is_own_thread and self._state is _OPEN:
+                self._end("its backlog is over max_backlog")
+            if self.closed:
+                raise BrokenPipeError(errno.EPIPE, "the event stream has ended")
+            self._write(frames)
+            target = self._drained + self._backlog_size
+            if is_own_thread:
+                self._awaited = target
+        if is_own_thread:
+            self._sleep_until(lambda: self._drained >= target or self._is_over())
+            if self._drained < target:
+                raise BrokenPipeError(errno.EPIPE, "the event stream has ended")
 
-    def _write(self, wire: bytes) -> None:
-        """Hand `wire` to the kernel; what it does not take waits (locked)."""
+    def _write(self, frames: bytes) -> None:
+        """Encode and transmit `frames`, after the head if that is pending (locked)."""
+        head = b""
+        if self._state is _HEAD_PENDING:
+            self._state = _OPEN
+            head, self._head = self._head, b""
+            if self._server.retry is not None:
+                frames = b"retry: %d\n%b" % (self._server.retry, frames)
+            # Proxies and browsers wait for the first bytes of a body.
+            frames = frames or _FIRST_COMMENT
+        if not frames:
+            return
+        if not self._is_chunked:
+            self._transmit(head + frames)
+        elif len(frames) <= Channel.piece_size:
+            self._transmit(head + _encode_chunk(frames))
+        else:  # A large event is shared by all that are behind; do not copy it.
+            self._transmit(b"%b%x\r\n" % (head, len(frames)))
+            self._transmit(frames)
+            self._transmit(b"\r\n")
+
+    def _transmit(self, wire: bytes) -> None:
+        """Hand `wire` to the kernel; what it does not take is backlog (locked)."""
+        if self._state is _CLOSED:
+            return
+        sent = 0
+        if not self._backlog:
+            self._last_write = time.monotonic()
+            try:
+                sent = self._socket.send(wire)
+            except BlockingIOError:
+                pass
+            except OSError:
+                self._end()
+                return
+            if sent == len(wire):
+                return
+            self._offset = sent
+        self._backlog_size += len(wire) - sent
+        if self._backlog and len(self._backlog[-1]) + len(wire) < _SMALL_PIECE:
+            # Many small pieces would take more memory than they hold.
+            self._backlog[-1] += wire
+        else:
+            self._backlog.append(wire)
+        self._io_thread.watch(self, _READ_AND_WRITE)
+
+    def _advance(self) -> None:
+        """Send what comes next: backlog, then missed events, then the end (locked).
+
+        At most one piece of each: the other streams shall have their turn.
+        """
+        is_behind = False
         if self._backlog:
-            self._backlog += wire
-            return
-        self._written = time.monotonic()
-        try:
-            sent = self._socket.send(wire)
-        except BlockingIOError:
-            sent = 0
-        except OSError:
-            self._lose()
-            return
-        if sent < len(wire):
-            self._backlog += memoryview(wire)[sent:]
-            self._moved = self._written
-            self._wake()
+            self._flush()
+        for channel, subscription in list(self._subscriptions.items()):
+            if not self._backlog:
+                is_behind = channel._catch_up(subscription) or is_behind
+        if self._state is _CLOSING and not self._backlog and not is_behind:
+            if self._is_chunked and not self._has_last_chunk:
+                self._has_last_chunk = True
+                self._transmit(_LAST_CHUNK)
+            if not self._backlog:
+                self._end()
+        has_more = bool(self._backlog) or is_behind
+        self._io_thread.watch(self, _READ_AND_WRITE if has_more else _READ)
 
     def _flush(self) -> None:
-        """Hand the kernel what it takes of the backlog, the FIN at the end (locked).
-
-        One send and no loop: nobody else may write meanwhile.
-        """
+        """Hand the kernel what it takes of the first piece of the backlog (locked)."""
+        piece = self._backlog[0]
         try:
-            if self._backlog:
-                del self._backlog[: self._socket.send(self._backlog)]
-                self._written = self._moved = time.monotonic()
-            if self._closed and not self._backlog:
-                self._socket.shutdown(socket.SHUT_WR)
+            sent = self._socket.send(memoryview(piece)[self._offset :])
         except BlockingIOError:
-            pass
+            return
         except OSError:
-            self._lose()
+            self._end()
+            return
+        self._last_write = time.monotonic()
+        self._backlog_size -= sent
+        self._drained += sent
+        self._offset += sent
+        if self._offset == len(piece):
+            del self._backlog[0]
+            self._offset = 0
+        if self._drained >= self._awaited:
+            self._awaited = inf
+            self._wakeup.set()
 
-    def _listen(self) -> None:
-        """Notice that the peer has left; nothing else it may say matters (locked)."""
-        try:
-            if not self._socket.recv(4096):
-                self._lose()
-        except BlockingIOError:
-            pass
-        except OSError:
-            self._lose()
+    def _end(self, reset_reason: str = "") -> None:
+        """Enter CLOSED: all is out, or nothing more can get out (locked).
 
-    def _lose(self, reason: str = "") -> None:
-        """Give the stream up; with a reason it is we who cut it off (locked)."""
-        self._closed = True
-        self._backlog = bytearray()
-        if reason:
-            self._reason = reason
-            # RST instead of FIN: the kernel keeps nothing for a reader that is stuck.
-            with contextlib.suppress(OSError):
-                linger = struct.pack("ii", 1, 0)
-                self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-        self._wake()
-
-    def _cut_off(self, reason: str) -> None:
-        """Give up what its reader has not taken; from any thread."""
-        with self._lock:
-            if self._backlog:
-                self._lose(reason)
-
-    def _wake(self) -> None:
-        with contextlib.suppress(RuntimeError):  # it is awake already, or about to be
-            self._sleep.release()
-
-    def _in_own_thread(self) -> bool:
-        return threading.get_ident() == self._owner
-
-    def _drain(self) -> None:
-        """Wait until the backlog is empty, or given up."""
-        while self._backlog:
-            self._turn(inf)
-
-    def _turn(self, until: float) -> None:
-        """Sleep until there is something to see to, at most `until`; see to it.
-
-        All that the own thread can wait for: the peer's leaving, the backlog moving or
-        standing still, the keep-alive, somebody's `close`, the caller's time.
+        With a reason the connection is reset: an RST tells a peer that does not read,
+        and the kernel drops what it holds for it (RFC 9293, 3.10.4). The socket is
+        closed here and not by the request's own thread, which may be busy.
         """
-        with self._lock:
-            if self._backlog:
-                events = selectors.EVENT_READ | selectors.EVENT_WRITE
-                until = min(until, self._moved + self.stall_timeout)
+        if self._state is _CLOSED:
+            return
+        self._state = _CLOSED
+        self._backlog.clear()
+        self._backlog_size = 0
+        for channel, subscription in self._subscriptions.items():
+            channel._remove(subscription)
+        self._subscriptions.clear()
+        self._io_thread.remove(self)
+        self._reset_reason = reset_reason
+        with contextlib.suppress(OSError):
+            if reset_reason:
+                _close_with_reset(self._socket)
             else:
-                events = selectors.EVENT_READ
-                until = min(until, self._written + self._keepalive)
-        self._watch.arm(self, events)
-        seconds = min(max(until - time.monotonic(), 0), threading.TIMEOUT_MAX)
-        self._sleep.acquire(timeout=seconds)
-        with self._lock:
-            self._listen()
-            self._flush()
-            now = time.monotonic()
-            if self._backlog:
-                if now >= self._moved + self.stall_timeout:
-                    self._lose("it has stopped reading")
-            elif now >= self._written + self._keepalive and not self._closed:
-                self._write(_encode_chunk(_KEEPALIVE) if self._chunked else _KEEPALIVE)
+                self._socket.shutdown(socket.SHUT_WR)
+        self._wakeup.set()
 
-    def _end(self) -> None:
-        """Finish the stream, in its own thread; the socket is the caller's to close."""
+    # What the I/O thread calls.
+
+    def _on_ready(self, events: int) -> None:
+        """Read from the socket, or write to it, now that this does not block."""
+        with self._lock:
+            if events & selectors.EVENT_READ and self._state is not _CLOSED:
+                self._read()
+            if events & selectors.EVENT_WRITE and self._state is not _CLOSED:
+                self._advance()
+
+    def _read(self) -> None:
+        """Notice that the peer has left; what else it sends is of no use (locked)."""
+        try:
+            received = len(self._socket.recv(4096))
+        except BlockingIOError:
+            return
+        except OSError:
+            received = 0
+        self._received += received
+        if not received:
+            self._end()
+        elif self._received > self.max_input:
+            self._end("it does not stop sending")
+
+    def _check_deadline(self, now: float) -> float:
+        """Do what is due at `now`; return when something will be due next."""
+        keepalive = self._server.keepalive or inf
+        with self._lock:
+            if self._state is _HEAD_PENDING:
+                due = self._last_write + self.head_delay
+                if due <= now:
+                    self._write(b"")
+            elif self._interest == _READ_AND_WRITE:  # It waits for the reader.
+                due = self._last_write + self.stall_timeout
+                if due <= now:
+                    self._end("it has stopped reading")
+            else:
+                due = self._last_write + keepalive
+                if due <= now and self._state is _OPEN:
+                    self._write(_KEEPALIVE)
+        return due if due > now else now + keepalive
+
+    def _reset(self, reason: str) -> None:
+        """End the stream with an RST, if it has not ended; any thread may call this."""
+        with self._lock:
+            self._end(reason)
+
+    # What the request's own thread does.
+
+    def _is_over(self) -> bool:
+        return self._state is _CLOSED
+
+    def _sleep_until(
+        self, condition: Callable[[], bool], deadline: float = inf
+    ) -> None:
+        """Sleep until `condition()` is true; who makes it true sets the wake-up."""
+        while not condition():
+            seconds = deadline - time.monotonic()
+            if seconds <= 0:
+                return
+            self._wakeup.wait(seconds)
+
+    def _withdraw(self) -> bool:
+        """Give the stream up if its head is still pending; tell whether it was."""
+        with self._lock:
+            is_pending = self._state is _HEAD_PENDING
+            if is_pending:
+                self._state = _CLOSED
+                self._io_thread.remove(self)
+            return is_pending
+
+    def _finish(self) -> None:
+        """Close, wait until everything is out, then run the on_close callbacks."""
         self.close()
-        for callback in self._callbacks:
+        self._sleep_until(self._is_over)
+        if self._reset_reason:
+            logger.warning("%s: reset, %s", self.address, self._reset_reason)
+        with self._lock:
+            callbacks, self._callbacks = self._callbacks, []
+        for callback in callbacks:
             try:
                 callback(self)
-            except Exception:
+            except BaseException:
                 logger.exception("%s: a callback of on_close failed", self.address)
-        self._drain()
-        self._watch.disarm(self)
-        if self._reason:
-            logger.warning("%s: dropped, %s", self.address, self._reason)
 
 
-_ABSOLUTE_FORM = re.compile(r"\Ahttps?://([^/?]*)", re.IGNORECASE)  # RFC 9112, 3.2.2
+def _undo_latin_1(value: str) -> str:
+    """Return a header's value as UTF-8, which Last-Event-ID is (standard, 9.2.4).
 
-
-def _split_target(target: str) -> tuple[str, str]:
-    """Split a request target (RFC 9112, 3.2) into its path and its query string."""
-    path, _, query = _ABSOLUTE_FORM.sub("", target).partition("?")
-    return f"/{path.lstrip('/')}" if path.startswith("//") else path or "/", query
-
-
-def _utf8(value: str) -> str:
-    """Undo http.server's reading of a header as Latin-1: Last-Event-ID is UTF-8.
-
-    Standard, 9.2.4. What is not UTF-8 stays: Node's fetch sends Latin-1.
+    http.server reads headers as Latin-1. What is not UTF-8 stays as it is: fetch() in
+    Node sends Latin-1.
     """
-    value = value.strip(" \t")  # not more: 0xA0 and 0x85 end letters in UTF-8
     try:
         return value.encode("latin-1").decode()
     except UnicodeError:
         return value
 
 
+def _close_with_reset(connection: socket.socket) -> None:
+    no_linger = struct.pack("ii", 1, 0)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, no_linger)
+    connection.close()
+
+
 # --- 3. Many streams --------------------------------------------------------------
 
 
-class Channel:
-    """Events for all who subscribe; who reconnects gets what it has missed.
+class _Event(NamedTuple):
+    """One published event, as the log of a channel holds it."""
 
-    `history`: how many events are held for that. 0: none, nor ids of our own.
-    `gap_event`: the type of the event that tells a client that what it missed is no
-    longer held; its data is the client's last event ID. None: do not tell.
+    id: str
+    frame: bytes
+    end: int  # bytes published on this channel, up to the end of this event
+
+
+class _Subscription:
+    """One client's place in the log of one channel; guarded by the client's lock."""
+
+    __slots__ = ("client", "last_id", "place", "stop")
+
+    def __init__(self, client: Client, place: int, last_id: str) -> None:
+        self.client = client
+        self.place = place  # the number of the last event that was written to it
+        self.last_id = last_id  # the ID of that event
+        self.stop: int | None = None  # after this event the stream ends
+
+
+class Channel:
+    """Events for all who subscribe. Who reconnects gets what it has missed.
 
     >>> news = Channel()
     >>> server = SSEServer(("127.0.0.1", 8080), news.subscribe)
     >>> news.publish("hello", event="greeting")
     'b3c1a9f2-1'
 
-    Any thread may call any method. Events have numbers, 1, 2, 3 and so on. A client has
-    a place: the number of the last event that it has, or does not want.
+    `history`: how many events are kept for clients that reconnect. With 0 there is no
+    replay, and events have no IDs but those that the program gives them.
+    `gap_event`: the type of the event that tells a client that the history no longer
+    holds what it has missed; its data is the client's last event ID. None: no such
+    event.
+
+    Any thread may call any method.
+
+    How it works: events have numbers, 1, 2, 3 and so on, and stand in a log. Each
+    subscriber has a place in the log. The fan-out thread takes the events that were
+    published since it last did so, and writes them as one piece to every subscriber
+    whose place is where the piece begins. A subscriber whose kernel buffer is full
+    keeps its place: it is behind. When its socket takes more, the I/O thread serves it
+    from the log, one piece at a time, until its place is where the next piece begins.
+    A client that reconnects is behind in the same way. So the log is the only buffer,
+    and a place moves only when something is written, under the client's lock. That is
+    why nothing is lost or sent twice, whichever thread comes first.
     """
 
     piece_size = 2**18
-    """Bytes after which no more events join those that are written at once."""
+    """Bytes that are written to one stream at once, or one event if it is larger."""
+    max_pending = 2**22
+    """Bytes published and not yet taken by the fan-out, after which publish() waits."""
+    min_log_size = 2**20
+    """Bytes that the log keeps at least for subscribers that are behind."""
 
     def __init__(self, history: int = 1000, gap_event: str | None = "gap") -> None:
         if history < 0:
             raise ValueError("history must not be negative")
         if gap_event is not None:
-            encode_event("", event=gap_event)  # raises what is wrong with it
+            encode_event("", event=gap_event)  # Raises what is wrong with it.
         self._history = history
         self._gap_event = gap_event
-        # Ids of an earlier start must not be taken for ours.
+        # IDs from an earlier start of the program must not be taken for ours.
         self._epoch = secrets.token_hex(4)
+        self._published = _Wakeup()  # wakes the fan-out thread
+        self._all_taken = _Wakeup()  # wakes a publisher that waits for it
 
-        self._lock = threading.Lock()  # of all that follows
-        self._news = threading.Condition(self._lock)  # _pending or _closed has changed
-        self._count = 0  # the number of the last event
-        self._held: dict[int, tuple[str, bytes]] = {}  # id and frame by number
-        self._numbers = {f"{self._epoch}-0": 0}  # by id; 0 is the beginning
-        self._pending: list[bytes] = []  # frames up to _count, not yet delivered
-        self._clients: dict[Client, int] = {}  # the place at which each has joined
-        self._thread: threading.Thread | None = None  # started when first needed
+        # Guards all that follows.
+        self._lock = threading.Lock()
+        # The log. Number 0 is the beginning; it always stays. After it come the events
+        # from _first to _count; the fan-out has taken those up to _taken.
+        self._log = {0: _Event(f"{self._epoch}-0", b"", 0)}
+        self._first = 1
+        self._count = 0
+        self._taken = 0
+        self._count_size = self._taken_size = 0  # bytes published up to there
+        self._numbers: dict[str, int] = {}  # of the events whose IDs the program named
+        self._subscriptions: dict[_Subscription, None] = {}  # in the order of joining
+        self._fan_out_thread: threading.Thread | None = None
         self._closed = False
+        self._ends_streams = False
 
     @property
     def clients(self) -> frozenset[Client]:
         """The open streams that are subscribed at this moment."""
         with self._lock:
-            return frozenset(client for client in self._clients if not client.closed)
+            clients = [subscription.client for subscription in self._subscriptions]
+        return frozenset(client for client in clients if not client.closed)
 
     def publish(
         self,
@@ -609,176 +700,395 @@ class Channel:
         event: str | None = None,
         id: str | int | None = None,
     ) -> str:
-        """Send an event to all subscribers, and return its id; never waits for them.
+        """Send an event to all subscribers and return its ID.
 
         The arguments are those of `encode_event`. Without `id` the event gets one that
-        no other start of the program uses. Give your own where several replicas
-        publish the same events, say the offset in a log: a client can then resume on
-        any of them.
+        no other start of the program uses ("" if there is no history). Give IDs of your
+        own where several replicas publish the same events, for example their offset in
+        a log; a client can then resume on any replica.
 
-        RuntimeError: the channel is closed. What `encode_event` raises.
+        It never waits for a reader. It does wait while more than `max_pending` bytes
+        are published that the fan-out thread has not taken yet.
+
+        Raises RuntimeError if the channel is closed, and what `encode_event` raises.
         """
-        with self._news:
-            self._check_open()
-            if id is None and self._history and not (data is None and event is None):
-                id = f"{self._epoch}-{self._count + 1}"
+        self._wait_for_fan_out()
+        with self._lock:
+            if self._closed:
+                raise RuntimeError("the channel is closed")
+            number = self._count + 1
+            is_named = id is not None
+            if not is_named and self._history and (data, event) != (None, None):
+                id = f"{self._epoch}-{number}"
             frame = encode_event(data, event=event, id=id)
-            self._count += 1
-            name = "" if id is None else _id_text(id)
-            self._remember(name, frame)
-            if self._clients or self._pending:
-                self._pending.append(frame)
-                self._start()
-                self._news.notify()
-        return name
+            text = "" if id is None else _id_text(id)
+            end = self._log[self._count].end + len(frame)
+            self._log[number] = _Event(text, frame, end)
+            if is_named and text and self._history:
+                self._numbers[text] = number
+            # This commits the event. An exception before it, say by Ctrl-C, leaves only
+            # entries that the next event overwrites or that _number_of() sees through.
+            self._count = number
+            self._count_size = end
+            self._trim()
+        self._published.set()
+        return text
 
-    def subscribe(self, client: Client) -> None:
-        """Have `client` get all that is published from now on.
+    def subscribe(
+        self, client: Client, *, after: str | int | None = None, last: int = 0
+    ) -> None:
+        """Send `client` all that is published from now on, and first what it missed.
 
-        A client that names a last event ID first gets what was published since. Do call
-        it in the request's own thread: it is slowed to the client's pace meanwhile.
+        What it missed are the events after its last event ID, or after the ID `after`
+        if that is given. A client that names no ID gets the newest `last` events. If
+        the history no longer holds the ID, it gets a gap event and all that is held.
 
-        RuntimeError: the channel is closed. BrokenPipeError: the client has gone.
+        It returns as soon as the client's place is known. If the channel is closed, the
+        client gets what it missed, and after `close(end_streams=True)` its end. To
+        subscribe a client again changes nothing.
+
+        Raises BrokenPipeError if the stream has ended. Raises ValueError if `last` is
+        negative, or if the client is subscribed to another channel with a history:
+        a client remembers one last event ID only.
         """
-        place, last_id = None, client.last_event_id
-        while True:
+        if last < 0:
+            raise ValueError("last must not be negative")
+        with client._lock:
+            last_id = "" if client._has_resumed else client.last_event_id
+            if after is not None:
+                last_id = _id_text(after)
+            if client.closed:
+                raise BrokenPipeError(errno.EPIPE, "the event stream has ended")
+            if self in client._subscriptions:
+                return
+            others = [channel for channel in client._subscriptions if channel._history]
+            if self._history and others:
+                raise ValueError("the client is subscribed to another history already")
             with self._lock:
-                self._check_open()
-                if client in self._clients:
-                    return
-                if place is None:
-                    place = self._place_of(last_id)
-                frames, place, last_id = self._missed(place, last_id)
-                if not frames:
-                    # Nothing can come in between: the next event is for us, too.
-                    self._clients[client] = place
-                    break
-            client._send(b"".join(frames))
-        client.on_close(self.unsubscribe)  # at once, if it has left meanwhile
+                place, greeting = self._place_of(last_id, last)
+                subscription = _Subscription(client, place, last_id)
+                self._start_fan_out()
+                self._subscriptions[subscription] = None
+                is_over = self._ends_streams
+            client._subscriptions[self] = subscription
+            client._has_resumed = bool(self._history)
+            if greeting:
+                client._write(greeting)
+            client._advance()
+            client._write(b"")  # The head, if nothing was there to be sent with it.
+        if is_over:
+            client.close()
 
     def unsubscribe(self, client: Client) -> None:
-        """Let `client` have no more of what is published from now on."""
-        with self._lock:
-            self._clients.pop(client, None)
+        """Send `client` no more of what is published."""
+        with client._lock:
+            subscription = client._subscriptions.pop(self, None)
+            if subscription is not None:
+                self._remove(subscription)
 
-    def close(self) -> None:
-        """Publish no more; what was published is delivered, streams stay open."""
-        with self._news:
-            self._closed = True
-            self._news.notify()
-        if self._thread is not None:
-            self._thread.join()
+    def close(self, end_streams: bool = False) -> None:
+        """Publish no more. What was published is still delivered.
 
-    # --- inside; "(locked)" means that the caller holds the lock ---
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise RuntimeError("the channel is closed")
-
-    def _remember(self, name: str, frame: bytes) -> None:
-        """Add the event just counted to the history, and drop the oldest (locked)."""
-        if not self._history:
-            return
-        self._held[self._count] = name, frame
-        if name:  # "" resets the client's last event ID: nobody will ask for it
-            self._numbers[name] = self._count
-        oldest = self._count - self._history
-        if oldest > 0:
-            name, _ = self._held.pop(oldest)
-            if self._numbers.get(name) == oldest:  # not published again since
-                del self._numbers[name]
-
-    def _place_of(self, last_id: str) -> int:
-        """Tell where in the order of events a new subscriber is; -1: lost (locked)."""
-        if self._history and last_id:
-            return self._numbers.get(last_id, -1)
-        return self._count
-
-    def _missed(self, place: int, last_id: str) -> tuple[list[bytes], int, str]:
-        """Return frames from after `place`, and where they lead to (locked).
-
-        Some at a time: a slow client's backlog is not to hold the history as well.
+        The streams stay open; with `end_streams` each ends after its last event. It
+        returns when the fan-out thread has ended.
         """
-        frames = []
-        before_held = self._count - len(self._held)
-        if place < before_held:
-            if self._gap_event is not None:
-                # With nothing held yet, the next reconnect is to find no gap.
-                beginning = None if self._held else f"{self._epoch}-0"
-                frames = [encode_event(last_id, event=self._gap_event, id=beginning)]
-            place = before_held
-        size = 0
-        while place < self._count and size < self.piece_size:
-            place += 1
-            last_id, frame = self._held[place]
-            frames.append(frame)
-            size += len(frame)
-        return frames, place, last_id
+        with self._lock:
+            self._closed = True
+            self._ends_streams = self._ends_streams or end_streams
+            fan_out_thread = self._fan_out_thread
+        if end_streams:
+            for client in self.clients:
+                client.close()
+        self._published.set()
+        if fan_out_thread is not None:
+            fan_out_thread.join()
 
-    def _start(self) -> None:
-        if self._thread is None:
+    # The log. The caller of a method marked "(locked)" holds the channel's lock.
+
+    def _trim(self) -> None:
+        """Drop the oldest events that neither history nor log size keeps (locked)."""
+        newest = self._log[self._count]
+        while self._first <= (self._taken if self._fan_out_thread else self._count):
+            oldest = self._log[self._first]
+            is_in_history = self._first > self._count - self._history
+            if is_in_history or newest.end - oldest.end < self.min_log_size:
+                return
+            if self._numbers.get(oldest.id) == self._first:
+                del self._numbers[oldest.id]
+            # In this order, an exception between the two does not tear the log.
+            self._first += 1
+            del self._log[self._first - 1]
+
+    def _place_of(self, last_id: str, last: int) -> tuple[int, bytes]:
+        """Return where a new subscriber begins, and what it is told first (locked)."""
+        if not self._history:
+            return self._count, b""
+        before_history = max(self._first - 1, self._count - self._history)
+        if last_id:
+            place = self._number_of(last_id)
+        else:
+            place = max(before_history, self._count - last)
+        if place < before_history:
+            return before_history, self._gap(last_id)
+        if place < self._count:
+            return place, b""
+        # There is nothing to replay. An ID without data dispatches nothing (standard,
+        # 9.2.6), but the client has an ID to come back with from the beginning.
+        newest_id = self._log[place].id or f"{self._epoch}-{place}"
+        return place, encode_event(id=newest_id)
+
+    def _number_of(self, id_: str) -> int:
+        """Return the number of the newest event with that ID, or -1 (locked)."""
+        number = self._numbers.get(id_, -1)
+        if (
+            number in self._log
+            and number <= self._count
+            and self._log[number].id == id_
+        ):
+            return number
+        if number >= 0:  # The publish() that named it last was interrupted.
+            numbers = range(self._count, self._first - 1, -1)
+            return next((n for n in numbers if self._log[n].id == id_), -1)
+        epoch, _, digits = id_.rpartition("-")
+        if epoch == self._epoch and re.fullmatch("0|[1-9][0-9]{0,17}", digits):
+            return int(digits) if int(digits) <= self._count else -1
+        return -1
+
+    def _gap(self, last_id: str) -> bytes:
+        """Return the event which says that events after `last_id` are lost (locked)."""
+        if self._gap_event is None:
+            return b""
+        # If nothing is held, the next reconnect must not find the same gap again.
+        id_ = None if self._count else f"{self._epoch}-0"
+        return encode_event(last_id, event=self._gap_event, id=id_)
+
+    def _frames_after(self, place: int, limit: int) -> tuple[list[bytes], int]:
+        """Return at most one piece of what comes after `place` (locked)."""
+        frames: list[bytes] = []
+        size = 0
+        while place < limit:
+            frame = self._log[place + 1].frame
+            size += len(frame)
+            if frames and size > self.piece_size:
+                break
+            frames.append(frame)
+            place += 1
+        return frames, place
+
+    def _catch_up(self, subscription: _Subscription) -> bool:
+        """Write one piece to a subscriber that is behind; tell if it still is.
+
+        The caller holds the client's lock, and the client has no backlog.
+        """
+        client, place = subscription.client, subscription.place
+        frames = []
+        with self._lock:
+            if subscription.stop is not None:
+                limit = subscription.stop
+            elif self._fan_out_thread is not None:
+                limit = self._taken  # The rest is the fan-out thread's to write.
+            else:
+                limit = self._count
+            is_overtaken = place < min(self._first - 1, limit)
+            if is_overtaken:
+                frames.append(self._gap(subscription.last_id))
+                place = self._first - 1
+            missed, place = self._frames_after(place, limit)
+            last_id = self._log[place].id if missed else subscription.last_id
+        if is_overtaken and (not self._history or self._gap_event is None):
+            client._end("the channel's history has overtaken it")
+            return False
+        client._write(b"".join([*frames, *missed]))
+        subscription.place, subscription.last_id = place, last_id
+        return place < limit
+
+    # Subscribers and the fan-out thread.
+
+    def _remove(self, subscription: _Subscription) -> None:
+        """Forget a subscriber; the caller holds the client's lock."""
+        # The fan-out thread may still have it in hand: this place is never served.
+        subscription.place = sys.maxsize
+        with self._lock:
+            self._subscriptions.pop(subscription, None)
+            is_last = not self._subscriptions
+        if is_last:
+            self._published.set()  # The fan-out thread ends.
+
+    def _start_fan_out(self) -> None:
+        """Start the fan-out thread for the first subscriber (locked)."""
+        if self._fan_out_thread is None and not self._closed:
             thread = threading.Thread(target=self._run, daemon=True)
-            thread.start()
-            self._thread = thread
+            thread.start()  # It waits for the lock, so it finds the subscriber.
+            self._fan_out_thread = thread
+            self._taken = self._count
+            self._taken_size = self._log[self._count].end
+
+    def _wait_for_fan_out(self) -> None:
+        """Wait while too much is published that the fan-out thread has not taken.
+
+        Otherwise a publisher that never pauses keeps the interpreter to itself, and
+        memory grows while next to nothing is delivered.
+        """
+        while self._count_size - self._taken_size > self.max_pending:
+            thread = self._fan_out_thread
+            if thread is None or thread is threading.current_thread():
+                return
+            self._all_taken.wait(1)
+        self._all_taken.set()  # Another publisher may be waiting as well.
 
     def _run(self) -> None:
-        """Deliver what was published, until the channel is closed: the one thread."""
+        """Deliver what is published; the fan-out thread runs this."""
         while True:
-            with self._news:
-                while not self._pending and not self._closed:
-                    self._news.wait()
-                if not self._pending:
+            try:
+                if not self._fan_out():
                     return
-                begin = self._count - len(self._pending)
-                frames = self._take()
-                clients = list(self._clients.items())
-            self._deliver(frames, begin, clients)
+            except Exception:  # MemoryError, for example; the next piece may fit.
+                logger.exception("fan-out failed")
 
-    def _take(self) -> list[bytes]:
-        """Take what has gathered, up to a piece (locked)."""
-        size = number = 0
-        while number < len(self._pending) and size < self.piece_size:
-            size += len(self._pending[number])
-            number += 1
-        frames = self._pending[:number]
-        del self._pending[:number]
-        return frames
+    def _fan_out(self) -> bool:
+        """Write the next piece to all who are not behind; False if this was the end."""
+        with self._lock:
+            begin = self._taken
+            frames, end = self._frames_after(begin, self._count)
+            self._taken = end
+            self._taken_size = self._log[end].end
+            last_id = self._log[end].id
+            subscriptions = list(self._subscriptions)
+            if not subscriptions or (self._closed and not frames):
+                self._fan_out_thread = None
+                self._all_taken.set()
+                return False
+        if not frames:
+            self._all_taken.set()
+            self._published.wait()
+            return True
+        try:
+            plain = b"".join(frames)
+            chunk = _encode_chunk(plain)
+        except MemoryError:
+            end = begin  # Nobody gets it from here; all who can catch up will.
+            logger.exception("a piece of %d events does not fit in memory", len(frames))
+        for subscription in subscriptions:
+            client = subscription.client
+            try:
+                with client._lock:
+                    if (
+                        subscription.place == begin
+                        and client._state is _OPEN
+                        and not client._backlog
+                        and end > begin
+                    ):
+                        client._transmit(chunk if client._is_chunked else plain)
+                        subscription.place = end
+                        subscription.last_id = last_id
+                    elif subscription.place < self._taken:
+                        client._io_thread.watch(
+                            client, _READ_AND_WRITE
+                        )  # It is behind.
+            except Exception:
+                logger.exception("%s: fan-out failed", client.address)
+                client._reset("of an error in the server")
+        return True
 
-    def _deliver(
-        self, frames: list[bytes], begin: int, clients: list[tuple[Client, int]]
-    ) -> None:
-        """Write the events after place `begin` to each client in one piece."""
-        whole = b"".join(frames)
-        chunk = _encode_chunk(whole)
-        for client, place in clients:
-            if place <= begin:
-                wire = chunk if client._chunked else whole
-            elif place < begin + len(frames):  # it joined meanwhile
-                rest = b"".join(frames[place - begin :])
-                wire = _encode_chunk(rest) if client._chunked else rest
-            else:
-                continue
-            client._offer(wire)  # one that has gone is unsubscribed by its own thread
+
+# --- 4. A request -----------------------------------------------------------------
+
+# RFC 9110, 5.6.2: the names of methods and header fields are tokens.
+_TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+# RFC 9112, 3. http.server would also split at other white space.
+_REQUEST_LINE = re.compile(rf"({_TOKEN}) ([!-~\x80-\xff]+) HTTP/([0-9])\.([0-9])")
+# RFC 9112, 5. A folded line and one with a space before its colon do not match.
+_FIELD_LINE = re.compile(rf"({_TOKEN}):([^\0\r\n]*)")
+_MAX_HEAD_SIZE = 2**15  # bytes
+_MAX_FIELD_LINES = 100
+# RFC 9112, 3.2.2: a request for a proxy names the host before the path.
+_ABSOLUTE_FORM = re.compile(r"https?://([^/?#]*)", re.IGNORECASE)
+_HTTP_METHODS = {"CONNECT", "DELETE", "GET", "HEAD", "OPTIONS"}
+_HTTP_METHODS |= {"PATCH", "POST", "PUT", "TRACE"}
+_SAFE_METHODS = {"GET", "HEAD", "OPTIONS"}  # RFC 9110, 9.2.1
+_STATUSES_WITHOUT_BODY = {204, 205, 304}  # RFC 9110, 15.3.5, 15.3.6 and 15.4.5
+
+Headers = Union[Mapping[str, str], Iterable[Tuple[str, str]]]
 
 
-# --- 4. HTTP ----------------------------------------------------------------------
+class Refusal(Exception):
+    """Raise this to answer a request with `status` instead.
+
+    It may be raised in any `do_*` method, in `serve_plain` and `authorize`, and in
+    `on_connection` as long as nothing was sent. `status` is from 200 to 599, `text` is
+    sent as text/plain, `headers` is a mapping or pairs. 204 tells an EventSource not to
+    come back (standard, 9.2.3).
+
+    Raises ValueError or TypeError if that is no proper answer.
+    """
+
+    def __init__(self, status: int, text: str = "", headers: Headers = ()) -> None:
+        if not _is_int(status) or not isinstance(text, str):
+            raise TypeError("a Refusal takes an int and a str")
+        if not 200 <= status <= 599:  # noqa: PLR2004
+            raise ValueError(f"status must be from 200 to 599, not {status}")
+        super().__init__(status, text)
+        self.status = int(status)
+        self.text = text
+        self.headers = _check_headers(headers)
 
 
-class _Input(io.BufferedReader):
-    """What a request sends, of which the head must not be too long."""
-
-    head_left: float = 2**17  # more than http.server's limit for the first line
-
-    def readline(self, size: int | None = -1) -> bytes:
-        line = super().readline(size)
-        self.head_left -= len(line)
-        if self.head_left < 0:
-            raise http.client.HTTPException("the head is too long")  # becomes a 431
-        return line
+def _refusal(status: int) -> Refusal:
+    """Return a refusal whose text is that of its status."""
+    phrase, _ = BaseHTTPRequestHandler.responses.get(status, ("Refused", ""))
+    return Refusal(status, f"{phrase}\n")
 
 
-class _Nowhere(io.BufferedIOBase):
-    """Where a body goes that is not to be sent."""
+def _check_headers(headers: Headers) -> list[tuple[str, str]]:
+    """Return `headers` as pairs; raise ValueError if they cannot be sent."""
+    pairs = list(headers.items() if isinstance(headers, Mapping) else headers)
+    ours = {"content-type", "content-length", "transfer-encoding", "connection"}
+    for name, value in pairs:
+        if not _FIELD_LINE.fullmatch(f"{name}:{value}") or ":" in name:
+            raise ValueError(f"no proper header: {name!r}: {value!r}")
+        if name.lower() in ours:
+            raise ValueError(f"{name} is set by the server")
+        value.encode("latin-1")  # UnicodeEncodeError is a ValueError.
+    return pairs
+
+
+class _ConnectionIO(io.RawIOBase):
+    """The bytes of a connection, for a handler's rfile and wfile.
+
+    Without this, a connection that is lost could not be told from a ConnectionError of
+    the program's own, say with its database; nor an answer that was begun from none.
+    """
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self.error: OSError | None = None  # the error by which the connection was lost
+        self.has_written = False
+
+    def readable(self) -> bool:
+        return True
+
+    def writable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any, /) -> int:
+        try:
+            return self._connection.recv_into(buffer)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def write(self, data: Any, /) -> int:
+        self.has_written = True
+        try:
+            self._connection.sendall(data)
+        except OSError as error:
+            self.error = error
+            raise
+        return memoryview(data).nbytes
+
+
+class _Nowhere(io.RawIOBase):
+    """Takes the body that a program writes in answer to HEAD."""
 
     def write(self, data: Any, /) -> int:
         return memoryview(data).nbytes
@@ -787,371 +1097,801 @@ class _Nowhere(io.BufferedIOBase):
 class SSERequestHandler(BaseHTTPRequestHandler):
     """Answers a GET of the server's path with an event stream, any other with "okay".
 
-    To serve pages of your own beside the stream, override `serve_plain`:
+    To serve pages of your own beside the stream, override `serve_plain`. To answer
+    other requests with a stream, define `do_POST` and the like, and call `read_body`
+    and `serve_stream` there:
 
         class Handler(SSERequestHandler):
-            def serve_plain(self):
-                page = b"<script>new EventSource('/sse')</script>"
-                self.send_response(200)
-                self.send_header("Content-Type", "text/html")
-                self.send_header("Content-Length", str(len(page)))
-                self.end_headers()
-                self.wfile.write(page)
+            def do_POST(self):
+                question = json.loads(self.read_body())
+                def answer(client):
+                    for word in think(question):
+                        client.send(word)
+                    client.close()
+                self.serve_stream(answer)
 
-        SSEServer(("127.0.0.1", 8080), RequestHandlerClass=Handler).serve_forever()
+    Every method may raise Refusal. All of them run in the request's own thread.
+
+    Hooks, in the order of their calls: `setup`, `handle_one_request`, `do_*`,
+    `serve_plain` or `serve_stream`, `finish`.
     """
 
     server: SSEServer
 
     protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True  # an event is not to wait for the one before it
-    wbufsize = -1  # buffered, so that a head leaves together with what follows it
+    disable_nagle_algorithm = True  # An event must not wait for the one before it.
+    wfile: Any
+    _has_unread_input = True  # until a whole head says that there is none
 
+    body_timeout = 30.0
+    """Seconds within which `read_body` must have the whole body."""
     linger = 1.0
-    """Seconds to wait for the peer's FIN after ours, see `finish`."""
-    _may_be_unread = True  # input that was not asked for
+    """Seconds to wait for the FIN of a peer that may still be sending, see `finish`."""
+
+    # What a request gets.
 
     def do_GET(self) -> None:
         """Serve the event stream on the server's path, `serve_plain()` elsewhere."""
         if self._is_for_stream():
-            self._serve_stream()
+            self.serve_stream()
         else:
             self.serve_plain()
 
     def do_HEAD(self) -> None:
-        """Answer with the head that GET would get; `end_headers` drops the rest."""
+        """Answer with the head that GET would get; `end_headers` drops the body."""
         self.do_GET()
 
-    def do_OPTIONS(self) -> None:
-        """Answer the preflight of a page that may read the stream (Fetch, 4.8)."""
-        if "Access-Control-Request-Method" in self.headers and self._is_for_stream():
-            self._serve_preflight()
-        else:
-            self._refuse_method()
-
-    def _refuse_method(self) -> None:
-        text = f"{self.command} is not allowed here, only GET and HEAD are\n"
-        self._answer(HTTPStatus.METHOD_NOT_ALLOWED, text, {"Allow": "GET, HEAD"})
-
-    do_POST = do_PUT = do_PATCH = do_DELETE = do_CONNECT = do_TRACE = _refuse_method
-
     def serve_plain(self) -> None:
-        """Answer a GET or HEAD that is not for the event stream; override to serve.
+        """Answer a GET or HEAD that is not for the event stream; override this.
 
-        Write the body as for GET: it is not sent to a HEAD.
+        Write the body as for a GET: in answer to a HEAD it is dropped.
         """
-        self._answer(HTTPStatus.OK, "okay")
+        self._respond(HTTPStatus.OK, "okay")
 
-    # --- what http.server calls ---
+    def serve_stream(
+        self,
+        on_connection: Callable[[Client], object] | None = None,
+        headers: Headers = (),
+    ) -> None:
+        """Answer this request with an event stream, and hold it until it ends.
 
-    def setup(self) -> None:
-        """Limit the head: http.server alone takes a hundred lines of 64 KiB."""
-        super().setup()
-        self.rfile = _Input(self.rfile.detach())
+        The method and the path do not matter; a HEAD gets the head alone. The Origin
+        and the server's `authorize` decide who gets in. Then `on_connection(client)` is
+        called, by default that of the server; the stream stays open when it returns.
+        `headers`, a mapping or pairs, are sent besides those of every stream.
 
-    def parse_request(self) -> bool:
-        """Read the head; refuse what took too long to come, and folded lines."""
-        if not super().parse_request():
+        Raises ValueError if the headers cannot be sent, Refusal if the client does not
+        get in, RuntimeError if the request has been answered already.
+        """
+        head = self._build_stream_head(_check_headers(headers))
+        if self._connection_io.has_written:
+            raise RuntimeError("this request has been answered already")
+        _check_origin(self)
+        _check_user(self)
+        self.log_request(HTTPStatus.OK)
+        if self.command == "HEAD":
+            self.wfile.write(head)
+            return
+        # From here on the client writes to the socket. The reader's buffer is not
+        # needed, and there are many streams.
+        self.rfile.detach()
+        self.rfile = self.wfile = self._connection_io
+        self.connection.setblocking(False)
+        client = Client(self, head)
+        if self.server._add_stream(self._record, client):
+            self._hold_stream(client, on_connection or self.server.on_connection)
+        else:
+            self.connection.setblocking(True)
+            self._refuse_as_full()
+
+    def _hold_stream(
+        self, client: Client, on_connection: Callable[[Client], object] | None
+    ) -> None:
+        """Run the program's part, then sleep until the stream has ended."""
+        try:
+            if on_connection is not None:
+                on_connection(client)
+            client.wait()
+        except BaseException as error:
+            if isinstance(error, Refusal) and client._withdraw():
+                self.connection.setblocking(True)
+                raise
+            # BrokenPipeError is how send() says that the stream has ended.
+            if not (isinstance(error, BrokenPipeError) and client.closed):
+                logger.exception("%s: on_connection failed", self.client_address)
+        finally:
+            # With status 200 an EventSource reconnects, after a 500 it never does. So
+            # a stream whose on_connection failed ends in good order.
+            client._finish()
+            self._has_unread_input = self._has_unread_input or client._received > 0
+
+    def read_body(self, max_size: int = 2**20) -> bytes:
+        """Return the whole body of the request, at most `max_size` bytes.
+
+        Raises Refusal if that is impossible. 411: the length is not given. 400: it is
+        not a number, or the body ends before it. 413: it is over `max_size`. 408: the
+        body has not come within `body_timeout` seconds.
+        """
+        lengths = set(self.headers.get_all("Content-Length", []))
+        if not lengths or "Transfer-Encoding" in self.headers:
+            raise _refusal(HTTPStatus.LENGTH_REQUIRED)
+        length = lengths.pop()
+        if lengths or not re.fullmatch("[0-9]+", length):
+            raise Refusal(HTTPStatus.BAD_REQUEST, "Content-Length is not a number\n")
+        digits = length.lstrip("0") or "0"
+        # Without the first test a number of 30,000 digits would be converted.
+        if len(digits) > len(str(max_size)) or int(digits) > max_size:
+            raise _refusal(HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
+        size = int(digits)
+        self.server._set_deadline(self._record, self.body_timeout)
+        body = self.rfile.read(size)
+        is_late = self.server._end_deadline(self._record)
+        if len(body) == size:
+            self._has_unread_input = False
+            return body
+        if is_late:
+            raise _refusal(HTTPStatus.REQUEST_TIMEOUT)
+        raise Refusal(HTTPStatus.BAD_REQUEST, "the body ends before its length\n")
+
+    # From the first byte to the method.
+
+    def handle_one_request(self) -> None:
+        """Read one request and answer it; each connection has only one."""
+        try:
+            if self._read_head():
+                self._call_method()
+        except Refusal as refusal:
+            self._refuse(refusal)
+        except BaseException as error:
+            if error is self._connection_io.error:
+                logger.debug("%s: connection lost", self.client_address, exc_info=True)
+                return
+            logger.exception("%s: request failed", self.client_address)
+            if not self._connection_io.has_written:
+                self._refuse(_refusal(HTTPStatus.INTERNAL_SERVER_ERROR))
+        finally:
+            self.close_connection = True
+
+    def _read_head(self) -> bool:
+        """Read the head of the request (RFC 9112, 2 to 5); False if nothing came.
+
+        http.server leaves this to the e-mail parser, which fails on some heads, needs
+        quadratic time for others, and drops all lines after a malformed one.
+        """
+        self.requestline = self.command = self.path = self._target = ""
+        self.request_version = self.protocol_version
+        self.headers = http.client.HTTPMessage()
+        room = _MAX_HEAD_SIZE
+        line = self._read_line(room)
+        if line in ("\r\n", "\n"):  # RFC 9112, 2.2: ignore an empty line before it.
+            room -= len(line)
+            line = self._read_line(room)
+        if not line:
             return False
-        self.rfile.head_left = inf  # type: ignore[attr-defined]
-        if not self.server._in_time(self.connection):
-            self.send_error(HTTPStatus.REQUEST_TIMEOUT)
-            return False
-        if any("\n" in value for value in self.headers.values()):  # RFC 9112, 5.2
-            self.send_error(HTTPStatus.BAD_REQUEST, "folded header lines are obsolete")
-            return False
-        fields = self.headers
-        self._may_be_unread = (
-            "Content-Length" in fields or "Transfer-Encoding" in fields
+        self._parse_request_line(line)
+        while True:
+            room -= len(line)
+            line = self._read_line(room)
+            if line in ("\r\n", "\n"):
+                break
+            field = _FIELD_LINE.fullmatch(_without_line_end(line))
+            if field is None:
+                raise Refusal(HTTPStatus.BAD_REQUEST, "malformed header line\n")
+            if len(self.headers) >= _MAX_FIELD_LINES:
+                raise _refusal(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
+            self.headers[field[1]] = field[2].strip(" \t")
+        # One that had to give way may still be told that the server is full.
+        if self.server._end_deadline(self._record) and not self._record.is_surplus:
+            raise _refusal(HTTPStatus.REQUEST_TIMEOUT)
+        self._has_unread_input = (
+            "Content-Length" in self.headers or "Transfer-Encoding" in self.headers
         )
         return True
 
+    def _read_line(self, room: int) -> str:
+        """Return the next line of the head, "" if nothing of the head has come."""
+        line = self.rfile.readline(room + 1)
+        if len(line) > room:
+            raise _refusal(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
+        if not line.endswith(b"\n"):  # The peer, or the deadline, has ended it.
+            is_late = self.server._end_deadline(self._record)
+            if not line and not self.requestline:
+                return ""
+            if is_late:
+                raise _refusal(HTTPStatus.REQUEST_TIMEOUT)
+            raise Refusal(HTTPStatus.BAD_REQUEST, "the head is not complete\n")
+        return line.decode("latin-1")
+
+    def _parse_request_line(self, line: str) -> None:
+        self.requestline = _without_line_end(line)
+        words = _REQUEST_LINE.fullmatch(self.requestline)
+        if words is None or words[3] == "0":
+            raise Refusal(HTTPStatus.BAD_REQUEST, "malformed request line\n")
+        if words[3] != "1":
+            raise _refusal(HTTPStatus.HTTP_VERSION_NOT_SUPPORTED)
+        self.command, target = words[1], words[2]
+        self.request_version = f"HTTP/1.{words[4]}"
+        # A browser takes a redirect to //x for one to the host x: as in http.server,
+        # pages see one slash. The stream's path is matched as it was sent.
+        self.path = re.sub("^//+", "/", target)
+        absolute_form = _ABSOLUTE_FORM.match(target)
+        if absolute_form:
+            target = target[absolute_form.end() :]
+            target = target if target.startswith("/") else f"/{target}"
+        self._target = target
+
+    def _call_method(self) -> None:
+        """Check who asks, then call the method that serves the request."""
+        _check_host(self)
+        if self._record.is_surplus:
+            self._refuse_as_full()
+            return
+        if self.command not in _SAFE_METHODS:
+            _check_origin(self)
+        if "Access-Control-Request-Method" in self.headers and _is_preflight(self):
+            self._respond(HTTPStatus.NO_CONTENT, "", _preflight_headers(self))
+            return
+        # A capital name: otherwise "login" would call a helper of the name do_login.
+        is_name = re.fullmatch("[A-Z]+", self.command)
+        method = getattr(self, f"do_{self.command}", None) if is_name else None
+        if method is None:
+            self._refuse_method()
+            return
+        # RFC 9110, 10.1.1: the client waits for this before it sends the body.
+        expects = self.headers.get("Expect", "").lower() == "100-continue"
+        is_possible = self._has_unread_input and self.request_version != "HTTP/1.0"
+        if expects and is_possible and self.command != "HEAD":
+            self.handle_expect_100()
+        method()
+
+    def _refuse_method(self) -> None:
+        allow = [("Allow", ", ".join(self._defined_methods()))]
+        if self.command == "OPTIONS":
+            self._respond(HTTPStatus.NO_CONTENT, "", allow)
+        elif self.command in _HTTP_METHODS:
+            raise Refusal(HTTPStatus.METHOD_NOT_ALLOWED, "not allowed here\n", allow)
+        else:
+            raise _refusal(HTTPStatus.NOT_IMPLEMENTED)
+
+    def _defined_methods(self) -> list[str]:
+        names = {name[3:] for name in dir(self) if re.fullmatch("do_[A-Z]+", name)}
+        return sorted(names | {"OPTIONS"})
+
+    def _is_for_stream(self) -> bool:
+        path, _, _ = self._target.partition("?")
+        return _matches(self.server.path, path)
+
+    def _serves_okay(self) -> bool:
+        """Tell whether the answer is the built-in "okay", which is for everybody."""
+        names = ("serve_plain", "do_GET", "do_HEAD")
+        is_own = any(
+            getattr(type(self), name) is not getattr(SSERequestHandler, name)
+            for name in names
+        )
+        is_get = self.command in ("GET", "HEAD")
+        return is_get and not is_own and not self._is_for_stream()
+
+    # Answers.
+
+    def _respond(
+        self, status: int, text: str, headers: Iterable[tuple[str, str]] = ()
+    ) -> None:
+        """Answer with a short text, in one write."""
+        body = text.encode(errors="replace")
+        fields = list(headers)
+        if not any(name.lower() == "cache-control" for name, _ in fields):
+            fields.append(("Cache-Control", "no-store"))
+        if status in _STATUSES_WITHOUT_BODY:
+            body = b""
+        else:
+            fields.append(("Content-Type", "text/plain; charset=utf-8"))
+            fields.append(("X-Content-Type-Options", "nosniff"))
+            fields.append(("Content-Length", str(len(body))))
+        head = self._build_head(status, fields)
+        self.log_request(status)
+        self.wfile.write(head if self.command == "HEAD" else head + body)
+
+    def _refuse(self, refusal: Refusal) -> None:
+        """Answer with `refusal`, unless a head was sent already."""
+        if self._connection_io.has_written:
+            logger.error("%s: %r came after the head", self.client_address, refusal)
+            return
+        with contextlib.suppress(OSError):  # The connection is lost.
+            self._respond(refusal.status, refusal.text, refusal.headers)
+
+    def _refuse_as_full(self) -> None:
+        """Say that the server is full, so that an EventSource comes back later.
+
+        After any status but 200 it would never come back (standard, 9.2.3).
+        """
+        reason = "all of max_connections (--max-connections) are taken\n"
+        logger.info("%s: refused, %s", self.client_address, reason.strip())
+        accept = self.headers.get("Accept", "")
+        wants_stream = self._is_for_stream() or "text/event-stream" in accept
+        if self.command not in ("GET", "HEAD") or not wants_stream:
+            retry_after = [("Retry-After", str(_FULL_RETRY // 1000))]
+            self._respond(HTTPStatus.SERVICE_UNAVAILABLE, reason, retry_after)
+            return
+        body = b"retry: %d\n%b" % (_FULL_RETRY, encode_comment(reason.strip()))
+        if self._is_chunked():
+            body = _encode_chunk(body) + _LAST_CHUNK
+        head = self._build_stream_head([])
+        self.log_request(HTTPStatus.OK)
+        self.wfile.write(head if self.command == "HEAD" else head + body)
+
+    def _is_chunked(self) -> bool:
+        # Without chunks urllib3 (and so requests, and sseclient-py) holds events back
+        # until its read size is full. HTTP/1.0, which nginx speaks, has no chunks.
+        return self.request_version != "HTTP/1.0"
+
+    def _build_stream_head(self, headers: Iterable[tuple[str, str]]) -> bytes:
+        fields = [
+            ("Content-Type", "text/event-stream"),
+            # no-transform: a proxy that compresses would hold events back.
+            ("Cache-Control", "no-cache, no-transform"),
+            ("X-Accel-Buffering", "no"),  # nginx must not wait for more.
+        ]
+        if self._is_chunked():
+            fields.append(("Transfer-Encoding", "chunked"))
+        return self._build_head(HTTPStatus.OK, [*fields, *headers])
+
+    def _build_head(self, status: int, headers: Iterable[tuple[str, str]]) -> bytes:
+        """Return a head, which is to leave together with what follows it."""
+        self._headers_buffer: list[bytes] = []  # Drops a head that was begun.
+        self._vary: list[str] = []
+        head = io.BytesIO()
+        wfile, self.wfile = self.wfile, head
+        try:
+            self.send_response_only(status)
+            self.send_header("Server", self.version_string())
+            self.send_header("Date", self.date_time_string())
+            self.send_header("Connection", "close")
+            for name, value in headers:
+                self.send_header(name, value)
+            self.end_headers()
+        finally:
+            self.wfile = wfile
+        return head.getvalue()
+
+    # Repairs to http.server.
+
+    def setup(self) -> None:
+        """Prepare the handler; http.server calls this first."""
+        super().setup()
+        self._record = self.server._connections[self.request]
+        self._connection_io: Any = _ConnectionIO(self.connection)
+        self.rfile.close()
+        self.rfile = io.BufferedReader(self._connection_io)
+        self.wfile = self._connection_io
+        self._vary = []
+
+    def finish(self) -> None:
+        """Close in stages (RFC 9112, 9.6); http.server calls this last.
+
+        Without this, an answer may be lost: to close a socket with unread input sends
+        an RST, which may overtake the answer. So we send our FIN, read up to the
+        peer's, and only then close.
+        """
+        super().finish()
+        if not self._has_unread_input:
+            return
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_WR)
+            deadline = time.monotonic() + self.linger
+            while time.monotonic() < deadline:
+                self.connection.settimeout(self.linger)
+                if not self.connection.recv(2**16):
+                    break
+
     def handle_expect_100(self) -> bool:
-        """Ask for a body, but not for that of a HEAD: its head is still to come."""
-        return self.command == "HEAD" or super().handle_expect_100()
+        """Ask for the body. Without this, end_headers would add to the 100."""
+        self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        self._connection_io.has_written = False  # That was not yet the answer.
+        return True
 
     def version_string(self) -> str:
-        """Return what the Server header says: not which Python this is."""
+        """Return the Server field. Without this, it tells the version of Python."""
         return "sse_ref"
 
     def send_response(self, code: int, message: str | None = None) -> None:
-        """Begin a head, with the word that the connection is closed after it."""
+        """Begin a head. Without this, clients would expect more answers after it."""
         super().send_response(code, message)
         self.send_header("Connection", "close")
 
+    def send_header(self, keyword: str, value: str) -> None:
+        """Add a line to the head. Without this, Vary could be there several times."""
+        if keyword.lower() == "vary":
+            self._vary.append(value)
+        else:
+            super().send_header(keyword, value)
+
     def end_headers(self) -> None:
-        """End a head; after one that answers HEAD no body follows."""
+        """Send the head. Without this, a HEAD would get a body, and CORS no headers."""
+        if self.server.allowed_origins:
+            for name, value in _cors_headers(self):
+                self.send_header(name, value)
+        if self._vary:
+            super().send_header("Vary", ", ".join(dict.fromkeys(self._vary)))
+            self._vary = []
         super().end_headers()
         if self.command == "HEAD":
-            self.wfile.close()
             self.wfile = _Nowhere()
 
     def send_error(
         self, code: int, message: str | None = None, explain: str | None = None
     ) -> None:
-        """Answer with an error in one line of text."""
-        if not self.command:  # not understood; http.server would answer as HTTP/0.9
-            self.request_version = self.protocol_version
+        """Answer with an error. Without this, the text would be a page of HTML."""
         phrase, description = self.responses.get(code, ("", ""))
         self.log_error("code %d, message %s", code, message or phrase)
-        self._answer(code, f"{explain or message or description}\n")
+        self._refuse(Refusal(code, f"{explain or message or description}\n"))
 
-    def finish(self) -> None:
-        """Close in stages, so that the peer gets the answer (RFC 9112, 9.6).
 
-        To close a socket that holds unread input sends an RST, which may overtake the
-        answer. So: our FIN, then read up to the peer's, and only then close.
-        """
-        super().finish()
-        if not self._may_be_unread:
-            return
-        with contextlib.suppress(OSError):
-            self.connection.shutdown(socket.SHUT_WR)
-            deadline = time.monotonic() + self.linger
-            while (seconds := deadline - time.monotonic()) > 0:
-                self.connection.settimeout(seconds)
-                if not self.connection.recv(8192):
-                    break
-
-    # --- inside ---
-
-    def _is_for_stream(self) -> bool:
-        path, _ = _split_target(self.path)
-        return _matches(self.server.path, path)
-
-    def _answer(
-        self, status: int, text: str, headers: Mapping[str, str] | None = None
-    ) -> None:
-        """Answer with a short text."""
-        body = text.encode()
-        self.send_response(status)
-        self._send_headers(headers or {})
-        if status != HTTPStatus.NO_CONTENT:  # RFC 9110, 8.6 and 15.3.5: not in a 204
-            self._send_headers(
-                {"Content-Type": "text/plain", "Content-Length": str(len(body))}
-            )
-        self.end_headers()
-        if status != HTTPStatus.NO_CONTENT:
-            self.wfile.write(body)
-
-    def _send_headers(self, headers: Mapping[str, str]) -> None:
-        for name, value in headers.items():
-            self.send_header(name, value)
-
-    def _serve_stream(self) -> None:
-        refusal = self._refuse_host() or self._refuse_origin() or self._refuse_user()
-        if refusal:
-            self._answer(*refusal, self._cors())
-            return
-        # Without chunks urllib3 (so requests, sseclient-py) holds events back until
-        # its read size is full. An HTTP/1.0 client, as nginx is, knows none.
-        chunked = self.request_version >= "HTTP/1.1"
-        self.send_response(HTTPStatus.OK)
-        self._send_headers(
-            {
-                "Content-Type": "text/event-stream",
-                # no-transform: a proxy that compresses would hold events back.
-                "Cache-Control": "no-cache, no-transform",
-                "X-Accel-Buffering": "no",  # nginx is not to wait for more
-                **({"Transfer-Encoding": "chunked"} if chunked else {}),
-                **self._cors(),
-            }
-        )
-        self.end_headers()
-        retry = self.server.retry
-        first = b": ok\n\n" if retry is None else encode_event(retry=retry)
-        self.wfile.write(_encode_chunk(first) if chunked else first)
-        if self.command == "GET":
-            self._hold_stream(chunked)
-
-    def _serve_preflight(self) -> None:
-        refusal = self._refuse_host() or self._refuse_origin()
-        headers = self._cors()
-        if headers:
-            headers["Access-Control-Allow-Methods"] = "GET, HEAD"
-            headers["Access-Control-Allow-Headers"] = self.headers.get(
-                "Access-Control-Request-Headers", ""
-            )
-        self._answer(*(refusal or (HTTPStatus.NO_CONTENT, "")), headers)
-
-    def _refuse_host(self) -> tuple[int, str] | None:
-        """Refuse a name that is not this machine's to a connection within it.
-
-        A page elsewhere may have its own name lead to 127.0.0.1 ("DNS rebinding"): then
-        the browser takes us for the page's own server. But it tells that name.
-        """
-        host, hosts = self._host(), self.headers.get_all("Host", [])
-        if len(hosts) > 1 or (host is None and self.request_version >= "HTTP/1.1"):
-            return HTTPStatus.BAD_REQUEST, "one Host is needed\n"  # RFC 9112, 3.2
-        if host is None or self._knows(host):
-            return None
-        if not _is_loopback(self.connection.getsockname()[0]):
-            return None
-        reason = f"Host {host!a} is not in allowed_hosts (--allow-host)\n"
-        return HTTPStatus.FORBIDDEN, reason
-
-    def _knows(self, host: str) -> bool:
-        name, _ = _split_host(host)
-        allowed = self.server.allowed_hosts
-        return name == "localhost" or _is_loopback(name) or bool({name, "*"} & allowed)
-
-    def _refuse_origin(self) -> tuple[int, str] | None:
-        """Refuse to be read by pages from elsewhere, but for those allowed."""
-        origin = self.headers.get("Origin")
-        if origin is None or self._cors():
-            return None
-        # Only host and port count: TLS may end in a proxy before us.
-        scheme, host = origin.partition("://")[0], self._host() or ""
-        if _normal_origin(origin) == _normal_origin(f"{scheme}://{host}") != "":
-            return None
-        reason = f"Origin {origin!a} is not in allowed_origins (--allow-origin)\n"
-        return HTTPStatus.FORBIDDEN, reason
-
-    def _refuse_user(self) -> tuple[int, str] | None:
-        """Refuse whom `authorize` does not let in."""
-        answer: object = True
-        if self.server.authorize is not None:
-            try:
-                answer = self.server.authorize(self)
-            except Exception:
-                logger.exception("%s: authorize failed", self.client_address)
-                answer = HTTPStatus.INTERNAL_SERVER_ERROR
-        if answer is True:
-            return None
-        if not isinstance(answer, int) or answer not in range(200, 600):
-            answer = HTTPStatus.FORBIDDEN
-        return answer, "the server's authorize does not let you in\n"
-
-    def _cors(self) -> dict[str, str]:
-        """Return the fields that let an allowed page read the answer (Fetch, 3.2)."""
-        origin = self.headers.get("Origin", "")
-        normal, allowed = _normal_origin(origin), self.server.allowed_origins
-        if not normal or not {normal, "*"} & allowed:
-            return {}
-        return {
-            "Access-Control-Allow-Origin": origin,
-            "Access-Control-Allow-Credentials": "true",
-            "Vary": "Origin",
-        }
-
-    def _host(self) -> str | None:
-        """Return the host and port that the request was sent to (RFC 9112, 3.2.2)."""
-        absolute_form = _ABSOLUTE_FORM.match(self.path)
-        return absolute_form[1] if absolute_form else self.headers.get("Host")
-
-    def _hold_stream(self, chunked: bool) -> None:
-        server = self.server
-        client = Client(
-            self,
-            server._watch,
-            chunked=chunked,
-            keepalive=server.keepalive,
-            max_backlog=server.max_backlog,
-        )
-        # Now the head and the first frame leave, in one write. Nothing that takes time
-        # comes between this and on_connection: who has the head should miss nothing.
-        self.connection.setblocking(False)
-        self.wfile.close()
-        self.rfile.close()  # and the buffers need not live as long as the stream
-        self.rfile = self.wfile = io.BytesIO()  # http.server still flushes and closes
-        self._may_be_unread = False  # the client reads what comes
-        server._hold(client)
+def _without_line_end(line: str) -> str:
+    """Drop CR LF, or LF alone (RFC 9112, 2.2)."""
+    return line[:-2] if line.endswith("\r\n") else line[:-1]
 
 
 def _matches(pattern: str, path: str) -> bool:
     """Tell whether `path` is `pattern`, where `*` stands for any characters.
 
-    No regular expression: a path made for it would have several stars backtrack.
+    No regular expression: with several stars, a long path would make it backtrack.
     """
     first, *others = pattern.split("*")
     if not others:
         return path == pattern
-    *middle, last = others
+    if not path.startswith(first):
+        return False
     position = len(first)
+    *middle, last = others
     for piece in middle:
         found = path.find(piece, position)
         if found < 0:
             return False
         position = found + len(piece)
-    fits = len(path) - len(last) >= position
-    return fits and path.startswith(first) and path.endswith(last)
+    return path.endswith(last) and len(path) - len(last) >= position
 
 
-# host[:port], RFC 3986, 3.2: an address in brackets, or a name without what ends one.
-# urllib's urlsplit() would take "localhost#.evil" for localhost.
+# --- 5. Who gets in ---------------------------------------------------------------
+
+# RFC 3986, 3.2: an IPv6 address in brackets, or a name without the characters that end
+# one; then perhaps a port. urlsplit() would take "localhost#.evil" for localhost.
 _HOST = r"(?:\[([0-9a-f:.]+)\]|([^\s:/?#@\[\]\\]+?)\.?)(?::([0-9]*))?"
-_SCHEME = r"([a-z][a-z0-9+.-]*)://"
-_DEFAULT_PORTS = {"http": "80", "https": "443"}
+# The form in which browsers write an origin (RFC 6454, 6.2).
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(\[[0-9a-f:]+\]|[a-z0-9._-]+)(:[0-9]+)?")
+_DEFAULT_PORTS = ("http://", ":80"), ("https://", ":443")
+_PREFLIGHT_SECONDS = 600
+_FULL_RETRY = 5000  # milliseconds
 
 
-def _split_host(host: str) -> tuple[str, str]:
-    """Split host[:port] into the name in lower case, and the port; "" for none."""
+def _check_host(handler: SSERequestHandler) -> None:
+    """Refuse a request whose Host is missing, ambiguous or not ours.
+
+    A page elsewhere can have a name of its own lead to 127.0.0.1 ("DNS rebinding").
+    Then the browser takes us for that page's own server. But it tells us that name.
+    """
+    hosts = handler.headers.get_all("Host", [])
+    if len(hosts) > 1 or (not hosts and handler.request_version != "HTTP/1.0"):
+        raise Refusal(HTTPStatus.BAD_REQUEST, "one Host is needed\n")  # RFC 9112, 3.2
+    host = _host_of(handler)
+    if host is None or handler._serves_okay():
+        return
+    name = _host_name(host)
+    if name == "localhost" or name.endswith(".localhost") or _is_ip_address(name):
+        return
+    allowed = handler.server.allowed_hosts
+    # On other than loopback addresses a machine has many names.
+    is_asked = bool(allowed) or _is_loopback(handler.connection)
+    if is_asked and name not in allowed and "*" not in allowed:
+        reason = f"Host {host!a} is not in allowed_hosts (--allow-host)\n"
+        raise Refusal(HTTPStatus.FORBIDDEN, reason)
+
+
+def _check_origin(handler: SSERequestHandler) -> None:
+    """Refuse a request that a page of another origin has made, if it is not allowed."""
+    origin = handler.headers.get("Origin")
+    if origin is not None and _allowed_as(handler, origin):
+        return
+    # Fetch Metadata, 2.3: the browser says itself where the request comes from.
+    site = handler.headers.get("Sec-Fetch-Site")
+    if site is not None:
+        is_own = site in ("same-origin", "none")
+    elif origin is not None:
+        # The scheme does not matter: TLS may end in a proxy before us.
+        host = _host_of(handler)
+        is_own = bool(host) and origin.lower().endswith(f"://{host}".lower())
+    else:
+        is_own = True
+    if not is_own:
+        who = "a page elsewhere" if origin is None else f"Origin {origin!a}"
+        reason = f"{who} is not in allowed_origins (--allow-origin)\n"
+        raise Refusal(HTTPStatus.FORBIDDEN, reason)
+
+
+def _check_user(handler: SSERequestHandler) -> None:
+    """Refuse whom the program's `authorize` does not let in."""
+    authorize = handler.server.authorize
+    answer = True if authorize is None else authorize(handler)
+    if answer is True:
+        return
+    if not isinstance(answer, int) or answer not in range(200, 600):
+        answer = HTTPStatus.FORBIDDEN
+    raise _refusal(answer)
+
+
+def _allowed_as(handler: SSERequestHandler, origin: str) -> str:
+    """Return the entry of allowed_origins that lets `origin` in, "" if none does."""
+    allowed = handler.server.allowed_origins
+    if origin.lower() in allowed and origin != "*":
+        return origin
+    is_origin = origin == "null" or _ORIGIN.fullmatch(origin.lower())
+    return "*" if "*" in allowed and is_origin else ""
+
+
+def _cors_headers(handler: SSERequestHandler) -> list[tuple[str, str]]:
+    """Return the fields that let a page of an allowed origin read the answer.
+
+    Fetch, 3.2. "*" and "null" stand for pages that nobody knows: they may read, but
+    not with the user's cookies.
+    """
+    headers = [("Vary", "Origin")]
+    allowed_as = _allowed_as(handler, handler.headers.get("Origin", ""))
+    if allowed_as:
+        headers.append(("Access-Control-Allow-Origin", allowed_as))
+    if allowed_as not in ("", "*", "null"):
+        headers.append(("Access-Control-Allow-Credentials", "true"))
+    return headers
+
+
+def _is_preflight(handler: SSERequestHandler) -> bool:
+    """Tell whether a browser asks for a page of an allowed origin what it may send."""
+    origin = handler.headers.get("Origin", "")
+    return handler.command == "OPTIONS" and bool(_allowed_as(handler, origin))
+
+
+def _preflight_headers(handler: SSERequestHandler) -> list[tuple[str, str]]:
+    """Return what a page of an allowed origin may send (Fetch, 4.8)."""
+    asked = handler.headers.get("Access-Control-Request-Headers", "")
+    return [
+        ("Access-Control-Allow-Methods", ", ".join(handler._defined_methods())),
+        ("Access-Control-Allow-Headers", asked),
+        ("Access-Control-Max-Age", str(_PREFLIGHT_SECONDS)),
+    ]
+
+
+def _host_of(handler: SSERequestHandler) -> str | None:
+    """Return the host and port that the request was sent to (RFC 9112, 3.2.2)."""
+    absolute_form = _ABSOLUTE_FORM.match(handler.path)
+    return absolute_form[1] if absolute_form else handler.headers.get("Host")
+
+
+def _host_name(host: str) -> str:
+    """Return the name in host[:port] in lower case, or the address; "" if malformed."""
     match = re.fullmatch(_HOST, host.lower())
-    if match is None:
-        return "", ""
-    address, name, port = match.groups("")
-    return address or name, port
+    return match[1] or match[2] if match else ""
 
 
-def _normal_host(host: str) -> str:
-    """Return the name of a host that is given without a port, "" for what is none."""
-    name, port = _split_host(host)
-    return "" if port else name or _split_host(f"[{host}]")[0]  # IPv6 without brackets
-
-
-def _normal_origin(origin: str) -> str:
-    """Return an origin in lower case and with its port, "" for what is none."""
-    match = re.fullmatch(_SCHEME + _HOST, origin.lower())
-    if match is None:
-        return "null" if origin == "null" else ""
-    scheme, address, name, port = match.groups("")
-    return f"{scheme}://{address or name}:{port or _DEFAULT_PORTS.get(scheme, '')}"
-
-
-def _is_loopback(host: str) -> bool:
+def _is_ip_address(name: str) -> bool:
     try:
-        address = ipaddress.ip_address(host)
+        ipaddress.ip_address(name)
     except ValueError:
         return False
+    return True
+
+
+def _is_loopback(connection: socket.socket) -> bool:
+    """Tell whether the connection came in on a loopback address."""
+    address = ipaddress.ip_address(connection.getsockname()[0].partition("%")[0])
     return (getattr(address, "ipv4_mapped", None) or address).is_loopback
 
 
-# --- 5. The server ----------------------------------------------------------------
+def _allowed_host(entry: str) -> str:
+    """Return an entry of allowed_hosts in its normal form; raise ValueError."""
+    bare = entry[1:-1] if entry.startswith("[") and entry.endswith("]") else entry
+    if entry == "*" or _is_ip_address(bare):
+        return bare.lower()
+    match = re.fullmatch(_HOST, entry.lower())
+    if match is None or match[2] is None or match[3] is not None:
+        raise ValueError(f"allowed_hosts: {entry!r} is not a host without a port")
+    return match[2]
+
+
+def _allowed_origin(entry: str) -> str:
+    """Return an entry of allowed_origins in its normal form; raise ValueError."""
+    origin = entry.lower()
+    is_default = any(
+        origin.startswith(scheme) and origin.endswith(port)
+        for scheme, port in _DEFAULT_PORTS
+    )
+    if entry in ("*", "null") or (_ORIGIN.fullmatch(origin) and not is_default):
+        return origin
+    raise ValueError(f"allowed_origins: no browser sends {entry!r} as its origin")
+
+
+# --- 6. The server ----------------------------------------------------------------
+
+
+class _IOThread:
+    """Watches the sockets of all open streams, and does what is due at a certain time.
+
+    Any thread may change what is watched. epoll and kqueue notice that at once. poll()
+    and select() work on a copy of the list, so they are woken through a self-pipe: a
+    pair of sockets, one of which is watched like those of the streams.
+    """
+
+    def __init__(self, check_deadlines: Callable[[float], float]) -> None:
+        self._check_deadlines = check_deadlines
+        self._selector = selectors.DefaultSelector()
+        kind = type(self._selector).__name__
+        self._notices_changes = kind in ("EpollSelector", "KqueueSelector")
+        self._is_select = kind == "SelectSelector"
+        self._self_pipe, self._waker = socket.socketpair()
+        self._self_pipe.setblocking(False)
+        self._waker.setblocking(False)
+        self._selector.register(self._self_pipe, selectors.EVENT_READ)
+        self._stopped = False
+        # Guards the selector's map and _stopped. poll() itself runs without it.
+        self._lock = threading.Lock()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def add(self, client: Client) -> bool:
+        """Begin to watch a stream; False if the selector takes no more sockets."""
+        with self._lock:
+            if self._stopped:
+                return True  # The server is closing, and closes this stream as well.
+            try:
+                self._selector.register(client._socket, selectors.EVENT_READ, client)
+            except (OSError, ValueError):  # ENOSPC, for example.
+                return False
+            if self._is_select:
+                # select() says only when it is called that it has too many sockets, or
+                # a number that is too high. Windows has nothing but select().
+                try:
+                    self._selector.select(0)
+                except (OSError, ValueError):
+                    self._selector.unregister(client._socket)
+                    return False
+            client._interest = selectors.EVENT_READ
+            self._wake()
+            return True
+
+    def watch(self, client: Client, interest: int) -> None:
+        """Change for which events a stream is watched; its lock is held."""
+        if client._interest in (0, interest):
+            return
+        with self._lock:
+            if not self._stopped:
+                self._selector.modify(client._socket, interest, client)
+                client._interest = interest
+                self._wake()
+
+    def remove(self, client: Client) -> None:
+        """Watch a stream no more; its lock is held, and its socket not yet closed."""
+        with self._lock:
+            if client._interest and not self._stopped:
+                self._selector.unregister(client._socket)
+            client._interest = 0
+
+    def stop(self) -> None:
+        """End the thread and close its descriptors."""
+        with self._lock:
+            if self._stopped:
+                return
+            self._stopped = True
+            self._wake(always=True)
+        self._thread.join()
+        self._selector.close()
+        self._self_pipe.close()
+        self._waker.close()
+
+    def _wake(self, always: bool = False) -> None:
+        if always or not self._notices_changes:
+            with contextlib.suppress(BlockingIOError):  # It is full: it wakes anyway.
+                self._waker.send(b"\0")
+
+    def _run(self) -> None:
+        next_check = 0.0
+        while not self._stopped:
+            now = time.monotonic()
+            if now >= next_check:
+                next_check = min(now + 0.5, self._check_deadlines(now))
+            for client, events in self._ready(max(next_check - now, 0)):
+                self.guard(client, client._on_ready, events)
+
+    def _ready(self, timeout: float) -> list[tuple[Client, int]]:
+        """Wait for readiness; return the streams and what each is ready for."""
+        try:
+            ready = self._selector.select(timeout)
+        except (OSError, ValueError):
+            # On Windows select() fails if a socket is closed meanwhile. By now that
+            # socket is not watched any more.
+            logger.debug("select failed", exc_info=True)
+            time.sleep(0.001)
+            return []
+        if any(key.data is None for key, _ in ready):
+            with contextlib.suppress(BlockingIOError):
+                self._self_pipe.recv(4096)
+        return [(key.data, events) for key, events in ready if key.data is not None]
+
+    @staticmethod
+    def guard(client: Client, step: Callable[[Any], Any], argument: float) -> Any:
+        """Take a step for one stream; what it raises costs this stream only."""
+        try:
+            return step(argument)
+        except Exception:  # MemoryError, for example.
+            logger.exception("%s: I/O failed", client.address)
+            client._reset("of an error in the server")
+            return inf
+
+
+class _Connection:
+    """What the server knows of a connection; guarded by the server's lock."""
+
+    __slots__ = ("awaits_head", "client", "deadline", "is_late", "is_surplus", "thread")
+
+    def __init__(self, thread: threading.Thread, deadline: float) -> None:
+        self.thread = thread
+        self.deadline = deadline  # by which the head, later the body, must have come
+        self.awaits_head = True
+        self.is_late = False
+        self.is_surplus = False  # It is over max_connections, and only told so.
+        self.client: Client | None = None
+
+
+class _RequestThread(threading.Thread):
+    """A request's own thread, which touches two pages of its stack and not three.
+
+    In CPython a call by way of Thread(target=...) or of a class uses the C stack, and
+    a call of a plain function does not. This saves 4 kB of 24 per idle stream.
+    """
+
+    def __init__(self, server: SSEServer, request: Any, client_address: Any) -> None:
+        super().__init__(daemon=server.daemon_threads)
+        self._arguments = server, request, client_address
+
+    def run(self) -> None:
+        server, request, client_address = self._arguments
+        server.process_request_thread(request, client_address)
 
 
 class SSEServer(ThreadingHTTPServer):
-    """An HTTP server that holds event streams open, each in its request's thread.
+    """An HTTP server that holds event streams open, each in its request's own thread.
 
         def on_connection(client):
             client.send("hi there!")
             while not client.wait(1):  # one second, or until the client has gone
                 client.send(time.ctime(), event="tick")
 
-        SSEServer(("127.0.0.1", 8080), on_connection).serve_forever()
+        SSEServer(("127.0.0.1", 8080), on_connection).run()
 
     `server_address`: host and port, IPv4 or IPv6; port 0 picks a free one.
     `on_connection`: called with each new `Client`, in the request's own thread. The
-    stream stays open after it returns; an exception in it is logged and ends that
-    stream. BrokenPipeError, which `send` raises once the client has gone, is no error.
-    `path`: where the stream is; `*` stands for any characters, also for `/`.
-    `authorize`: called with the handler of a request for the stream, in its thread.
-    True lets it in; a status is the answer (204 tells EventSource to stop); anything
-    else is 403.
+    stream stays open after it returns. If it raises, that is logged and the stream
+    ends. BrokenPipeError, which `send` raises after the end, is no error.
+    `path`: where the stream is; `*` stands for any characters, `/` included.
+    `authorize`: called with the handler of each request for a stream, in its thread.
+    True lets it in; a status is the answer; anything else is 403.
     `keepalive`: seconds of silence before a comment is sent; None: never.
-    `retry`: the reconnection time to tell clients, in milliseconds.
-    `max_backlog`: bytes; who asks for more while that much waits for a slow reader
-    ends its stream.
-    `max_connections`: of all kinds; one more is answered with 503.
-    `allowed_hosts`: names, besides those of this machine itself, by which browsers in
-    it may reach the stream; without a port. `"*"`: any.
-    `allowed_origins`: of pages from elsewhere that may read the stream, as in
-    `"https://app.example"`, or `"null"`. `"*"`: all.
+    `retry`: the reconnection time that clients are told, in milliseconds.
+    `max_connections`: of all kinds. One more is told to come back later.
+    `max_backlog`: bytes that may wait for a slow reader. If there are more when another
+    thread wants to send, the stream is reset.
+    `allowed_hosts`: names by which browsers may reach the server, besides IP addresses
+    and localhost, without a port; `"*"` allows any. Given, they count on every address,
+    otherwise on loopback addresses only.
+    `allowed_origins`: origins of other pages that may read streams and send requests,
+    for example `"https://app.example"`; `"*"` allows any, but without cookies.
 
-    ValueError, TypeError: an argument makes no sense. OSError: the address is taken, or
-    there is none of that name.
+    Raises ValueError or TypeError if an argument makes no sense, OSError if the address
+    is in use or does not exist.
     """
 
-    request_queue_size = 1024  # socketserver's 5 would have a burst of clients refused
+    # http.server's 5 would drop the connections of a burst, which their kernels then
+    # try again a second later. The kernel cuts this to its own limit.
+    request_queue_size = 65535
+    # On Windows SO_REUSEADDR would let two servers have the same port.
+    allow_reuse_address = os.name == "posix"
+
     head_timeout = 10.0
     """Seconds within which the whole head of a request must have come."""
     closing_grace = 1.0
@@ -1181,74 +1921,106 @@ class SSEServer(ThreadingHTTPServer):
         self.retry = retry
         self.max_connections = max_connections
         self.max_backlog = max_backlog
-        self.allowed_hosts = _allowed("hosts", allowed_hosts, _normal_host)
-        self.allowed_origins = _allowed("origins", allowed_origins, _normal_origin)
-        self._check_options()
-        self._open_books()
+        if isinstance(allowed_hosts, str) or isinstance(allowed_origins, str):
+            raise TypeError("allowed_hosts and allowed_origins are lists, not one str")
+        self.allowed_hosts = frozenset(map(_allowed_host, allowed_hosts))
+        self.allowed_origins = frozenset(map(_allowed_origin, allowed_origins))
+        self._check_options(RequestHandlerClass)
+        # Guards all that follows.
+        self._lock = threading.Lock()
+        self._connections: dict[socket.socket, _Connection] = {}  # the oldest first
+        self._surplus = 0  # how many of them are over max_connections
+        self._io_thread: _IOThread | None = None  # of the process that serves
+        self._is_closing = False
         self.address_family, bindable = _resolve(server_address)
         super().__init__(bindable, RequestHandlerClass)
+
+    def _check_options(self, handler_class: Any) -> None:
+        base = socketserver.BaseRequestHandler
+        if isinstance(self.on_connection, type) and issubclass(
+            self.on_connection, base
+        ):
+            raise TypeError("a handler class goes into RequestHandlerClass=")
+        is_class = isinstance(handler_class, type)
+        if is_class and not issubclass(handler_class, SSERequestHandler):
+            raise TypeError("the handler class must be an SSERequestHandler")
+        if not self.path.startswith(("/", "*")):
+            raise ValueError(f"path must start with / or *: {self.path!r}")
+        if self.keepalive is not None and not self.keepalive > 0:
+            raise ValueError("keepalive must be more than 0, or None")
+        if self.retry is not None:
+            encode_event(retry=self.retry)  # Raises what is wrong with it.
+        if self.max_connections < 0 or self.max_backlog < 0:
+            raise ValueError("max_connections and max_backlog must not be negative")
 
     @property
     def clients(self) -> frozenset[Client]:
         """The streams that are open at this moment."""
         with self._lock:
-            return frozenset(client for client in self._clients if not client.closed)
+            clients = [each.client for each in self._connections.values()]
+        return frozenset(client for client in clients if client and not client.closed)
+
+    def run(self) -> None:
+        """Serve until SIGINT or SIGTERM, then end every stream in good order.
+
+        After the first of these signals both are ignored, so that a second one does not
+        interrupt the end. Only the main thread may call this; ValueError otherwise.
+        """
+        with self, _stopped_by_signals(self):
+            self.serve_forever(poll_interval=0.1)
 
     def server_close(self) -> None:
-        """Take no more connections, end every stream, wait for their threads.
+        """Take no more connections, end every stream, wait for the requests' threads.
 
-        Streams end after what was sent before, but a reader that is stuck is cut off
-        after `closing_grace`. It takes no longer than `closing_timeout`.
+        Streams end after all that was sent and published before. A reader that has not
+        taken it after `closing_grace` seconds is reset. This returns after at most
+        `closing_timeout` seconds.
         """
         super().server_close()
         begun = time.monotonic()
         with self._lock:
-            self._closing = True
-            clients = self._clients.copy()
-            requests = self._requests.copy()
-        for client in clients:
-            client.close()
-        for request in requests.keys() - {client._socket for client in clients}:
-            with contextlib.suppress(OSError):
-                request.shutdown(socket.SHUT_RD)  # no more of a head, or of a body
-        _join(requests.values(), begun + self.closing_grace)
-        for client in clients:
-            client._cut_off("the server is closing")
-        _join(requests.values(), begun + self.closing_timeout)
-        self._watch.close()
-        while self._refused:
-            self._refused.popleft()[1].close()
+            self._is_closing = True
+            connections = dict(self._connections)
+        for request, connection in connections.items():
+            if connection.client is not None:
+                connection.client.close()
+            else:
+                _shut_reading(request)  # No more of a head, or of a body.
+        threads = [connection.thread for connection in connections.values()]
+        _join(threads, begun + self.closing_grace)
+        for connection in connections.values():
+            if connection.client is not None:
+                connection.client._reset("the server is closing")
+        _join(threads, begun + self.closing_timeout)
+        if self._io_thread is not None:
+            self._io_thread.stop()
 
-    # --- what socketserver calls ---
+    # What socketserver calls, in this order.
 
     def server_bind(self) -> None:
-        """Bind the socket, without HTTPServer's reverse look-up of the host's name."""
-        self._watch.open()
+        """Bind the socket. HTTPServer would look up the host's name, which may hang."""
         socketserver.TCPServer.server_bind(self)
         self.server_name = str(self.server_address[0])
         self.server_port = self.server_address[1]
 
     def server_activate(self) -> None:
-        """Listen; and have the kernel end connections whose peer is out of reach.
+        """Listen, and have the kernel ask silent peers whether they still exist.
 
-        By itself it would take some 15 minutes. What is sent, such as a keep-alive
-        comment, is to be acknowledged within 30 s; where nothing is, the kernel asks.
+        The accepted connections inherit the options. Without them a peer whose cable is
+        out would never be noticed if nothing is sent to it.
         """
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for name, value in (
-            ("TCP_USER_TIMEOUT", 30_000),  # milliseconds; the others are in seconds
-            ("TCP_KEEPIDLE", 20),
-            ("TCP_KEEPINTVL", 10),
-            ("TCP_KEEPCNT", 3),
-        ):
-            if hasattr(socket, name):  # not every system has each
-                option = getattr(socket, name)
-                # Connections inherit it from the socket that accepts them.
-                self.socket.setsockopt(socket.IPPROTO_TCP, option, value)
+        for name, value in ("KEEPIDLE", 20), ("KEEPINTVL", 10), ("KEEPCNT", 3):
+            _set_tcp_option(self.socket, f"TCP_{name}", value)
         super().server_activate()
 
+    def serve_forever(self, poll_interval: float = 0.5) -> None:
+        """Serve until `shutdown()` is called by another thread."""
+        self._start_io_thread()  # Now there are descriptors for it.
+        super().serve_forever(poll_interval)
+
     def get_request(self) -> tuple[Any, Any]:
-        """Accept a connection; where the system can't, do not ask it all the time."""
+        """Accept a connection; if the system cannot, do not ask it all the time."""
         try:
             return super().get_request()
         except OSError as error:
@@ -1258,167 +2030,150 @@ class SSEServer(ThreadingHTTPServer):
             raise
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Start a thread for the request, or refuse one that is too many."""
+        """Start a thread for the request, unless there are too many."""
+        self._start_io_thread()
+        thread = _RequestThread(self, request, client_address)
         with self._lock:
-            if self._closing or len(self._requests) >= self.max_connections:
-                thread = None
-            else:
-                thread = _RequestThread(self, request, client_address)
-                self._requests[request] = thread
-                self._deadlines[request] = time.monotonic() + self.head_timeout
-        if thread is None:
-            self._turn_away(request)
-        else:
+            is_admitted = self._admit(request, thread)
+        if is_admitted:
             thread.start()
+        else:
+            logger.info("%s: closed, there is no place for it", client_address)
+            self.shutdown_request(request)
 
     def finish_request(self, request: Any, client_address: Any) -> None:
-        """Have a handler handle the request."""
+        """Make a handler, which handles the request in its __init__."""
         make: Any = self.RequestHandlerClass
         is_class = isinstance(make, type)
-        if is_class:
-            # What make(...) does, but see _RequestThread for the reason.
+        if is_class:  # See _RequestThread for the reason.
             handler = make.__new__(make, request, client_address, self)
             handler.__init__(request, client_address, self)
-        else:  # functools.partial, say
+        else:  # functools.partial, for example
             make(request, client_address, self)
 
     def shutdown_request(self, request: Any) -> None:
         """Close the request's connection, and forget it."""
         super().shutdown_request(request)
         with self._lock:
-            self._requests.pop(request, None)
-            self._deadlines.pop(request, None)
-
-    def service_actions(self) -> None:
-        """End what has had its time; `serve_forever` calls this several times a second.
-
-        A thread that reads a late head gets its end. Who was refused has had a second
-        to read why; what it sent is read first, because to close a socket with unread
-        input would reset the connection, and the answer might be lost.
-        """
-        now = time.monotonic()
-        with self._lock:
-            for request, deadline in self._deadlines.items():
-                if deadline > now:
-                    break
-                with contextlib.suppress(OSError):
-                    request.shutdown(socket.SHUT_RD)
-        while self._refused and (
-            self._refused[0][0] <= now or len(self._refused) > _REFUSED_AT_A_TIME
-        ):
-            _, request = self._refused.popleft()
-            with contextlib.suppress(OSError), request:
-                request.recv(2**20)
+            connection = self._connections.pop(request, None)
+            if connection is not None and connection.is_surplus:
+                self._surplus -= 1
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Log what a request's thread did not catch; a lost connection is no error."""
-        if isinstance(
-            sys.exc_info()[1], (ConnectionError, TimeoutError, socket.timeout)
-        ):
+        """Log what went wrong before or after the handling of a request."""
+        if isinstance(sys.exc_info()[1], OSError):  # The connection is lost.
             logger.debug("%s: connection lost", client_address, exc_info=True)
         else:
             logger.exception("%s: request failed", client_address)
 
-    # --- inside ---
+    # Connections, streams and deadlines.
 
-    def _check_options(self) -> None:
-        if isinstance(self.on_connection, type) and issubclass(
-            self.on_connection, socketserver.BaseRequestHandler
-        ):
-            raise TypeError("a handler class goes into RequestHandlerClass=")
-        if not self.path.startswith(("/", "*")):
-            raise ValueError(f"path must start with / or *: {self.path!r}")
-        if self.keepalive is not None and not self.keepalive > 0:
-            raise ValueError("keepalive must be more than 0, or None")
-        if self.retry is not None:
-            encode_event(retry=self.retry)  # raises what is wrong with it
-        if self.max_connections < 0 or self.max_backlog < 0:
-            raise ValueError("max_connections and max_backlog must not be negative")
-
-    def _open_books(self) -> None:
-        self._watch = _Watch()
-        self._refused: deque[tuple[float, socket.socket]] = deque()  # closing
-        self._lock = threading.Lock()  # of all that follows
-        self._requests: dict[socket.socket, threading.Thread] = {}
-        self._deadlines: dict[socket.socket, float] = {}  # of heads, the nearest first
-        self._clients: set[Client] = set()
-        self._closing = False
-
-    def _turn_away(self, request: socket.socket) -> None:
-        """Answer a connection that is too many, without a thread or waiting."""
-        logger.info("a connection was refused: there are max_connections already")
-        request.setblocking(False)
-        with contextlib.suppress(OSError):
-            request.send(_TOO_MANY)
-            request.shutdown(socket.SHUT_WR)
-        self._refused.append((time.monotonic() + 1, request))
-
-    def _in_time(self, request: socket.socket) -> bool:
-        """Tell whether a head that has been read, or cut short, came in time."""
+    def _start_io_thread(self) -> _IOThread:
+        # Not at the server's birth: a program may fork its workers after that, and
+        # each of them needs a thread and a selector of its own.
         with self._lock:
-            return time.monotonic() < self._deadlines.pop(request, inf)
+            if self._io_thread is None:
+                self._io_thread = _IOThread(self._check_deadlines)
+            return self._io_thread
 
-    def _hold(self, client: Client) -> None:
-        """Hold a stream open, in its own thread, from its head to its end."""
+    def _admit(self, request: socket.socket, thread: threading.Thread) -> bool:
+        """Find a place for a new connection; False if there is none (locked).
+
+        When all places are taken, the connection whose head has been awaited longest
+        gives way. Otherwise some who connect and say nothing could keep all out.
+        """
+        connection = _Connection(thread, time.monotonic() + self.head_timeout)
+        regular = len(self._connections) - self._surplus
+        if self._is_closing:
+            return False
+        if regular >= self.max_connections and not self._dismiss(is_surplus=False):
+            connection.is_surplus = True
+            if self._surplus >= _MAX_SURPLUS and not self._dismiss(is_surplus=True):
+                return False
+        if self._surplus >= 2 * _MAX_SURPLUS:  # Many are dismissed, but not yet gone.
+            return False
+        self._surplus += connection.is_surplus
+        self._connections[request] = connection
+        return True
+
+    def _dismiss(self, is_surplus: bool) -> bool:
+        """Have the connection whose head is awaited longest give way (locked)."""
+        for request, connection in self._connections.items():
+            if connection.awaits_head and connection.is_surplus is is_surplus:
+                self._surplus += not is_surplus
+                connection.is_surplus = True
+                connection.awaits_head = False
+                connection.is_late = True
+                _shut_reading(request)
+                return True
+        return False
+
+    def _set_deadline(self, connection: _Connection, seconds: float) -> None:
+        """Let the I/O thread end what the request's thread reads after `seconds`."""
         with self._lock:
-            self._clients.add(client)
-            closing = self._closing
-        if closing:  # server_close has not seen this one
+            connection.deadline = time.monotonic() + seconds
+
+    def _end_deadline(self, connection: _Connection) -> bool:
+        """Say that nothing is awaited any more; tell whether it was too late."""
+        with self._lock:
+            connection.deadline = inf
+            connection.awaits_head = False
+            return connection.is_late
+
+    def _add_stream(self, connection: _Connection, client: Client) -> bool:
+        """Have the I/O thread watch a stream; False if it cannot."""
+        # What is sent must be acknowledged in time, or the kernel ends the connection;
+        # by itself it would take some 15 minutes. Not set on other connections: who
+        # pauses a download is not dead.
+        timeout = min(max(30, client.stall_timeout), 86_400)
+        _set_tcp_option(client._socket, "TCP_USER_TIMEOUT", int(timeout * 1000))
+        if not client._io_thread.add(client):
+            return False
+        with self._lock:
+            connection.client = client
+            is_closing = self._is_closing
+        if is_closing:  # server_close() has not seen this one.
             client.close()
-        try:
-            if self.on_connection is not None and not closing:
-                self.on_connection(client)
-            client.wait()
-        except BrokenPipeError:
-            pass
-        except Exception:
-            logger.exception("%s: on_connection failed", client.address)
-        finally:
-            client._end()
-            with self._lock:
-                self._clients.discard(client)
+        return True
+
+    def _check_deadlines(self, now: float) -> float:
+        """Do what is due; return when something will be due next (I/O thread)."""
+        next_due = inf
+        clients = []
+        with self._lock:
+            for request, connection in self._connections.items():
+                if connection.client is not None:
+                    clients.append(connection.client)
+                elif connection.deadline <= now:
+                    connection.is_late = True
+                    connection.deadline = inf
+                    _shut_reading(request)  # This wakes the thread that reads.
+                else:
+                    next_due = min(next_due, connection.deadline)
+        for client in clients:
+            due = _IOThread.guard(client, client._check_deadline, now)
+            next_due = min(next_due, due)
+        return next_due
 
 
-class _RequestThread(threading.Thread):
-    """A request's thread, on two pages of stack instead of three.
-
-    Since 3.11 CPython stays in one C frame while plain Python functions call each
-    other. A call by way of Thread(target=...) or of a class needs a C frame more, and
-    http.server reads heads deep inside: without either, a stream needs 4 kB less.
-    """
-
-    def __init__(self, server: SSEServer, request: Any, client_address: Any) -> None:
-        super().__init__(daemon=server.daemon_threads)
-        self._request = server, request, client_address
-
-    def run(self) -> None:
-        server, request, client_address = self._request
-        server.process_request_thread(request, client_address)
+_MAX_SURPLUS = 64  # connections over max_connections that are told to come back
 
 
-_REFUSED_AT_A_TIME = 32  # connections that are open only to be read why
-_TOO_MANY_TEXT = b"all of max_connections (--max-connections) are taken\n"
-_TOO_MANY = (
-    b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nRetry-After: 5\r\n"
-    b"Content-Type: text/plain\r\nContent-Length: %d\r\n\r\n%b"
-) % (len(_TOO_MANY_TEXT), _TOO_MANY_TEXT)
+def _set_tcp_option(connection: socket.socket, name: str, value: int) -> None:
+    """Set a TCP option if the system has it: Windows and macOS do not have each."""
+    if hasattr(socket, name):
+        with contextlib.suppress(OSError):  # The peer may have gone already (macOS).
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
-def _allowed(
-    what: str, values: Iterable[str], normal: Callable[[str], str]
-) -> frozenset[str]:
-    """Check and normalize allowed_hosts or allowed_origins."""
-    if isinstance(values, str):
-        raise TypeError(f"allowed_{what} must be a list or the like, not one str")
-    normals = {value: "*" if value == "*" else normal(value) for value in values}
-    for value, normalized in normals.items():
-        if not normalized:
-            raise ValueError(f"allowed_{what}: {value!r} is none")
-    return frozenset(normals.values())
+def _shut_reading(connection: socket.socket) -> None:
+    """Have the thread that reads from the connection find its end."""
+    with contextlib.suppress(OSError):
+        connection.shutdown(socket.SHUT_RD)
 
 
 def _resolve(address: tuple[str, int]) -> tuple[socket.AddressFamily, Any]:
-    """Find the family and the address to bind; IPv4 where a name has both."""
+    """Find the family and the address to bind; IPv4 if a name has both."""
     host, port = address[:2]
     found = socket.getaddrinfo(
         host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -1429,40 +2184,70 @@ def _resolve(address: tuple[str, int]) -> tuple[socket.AddressFamily, Any]:
 
 def _join(threads: Iterable[threading.Thread], deadline: float) -> None:
     for thread in threads:
-        if thread is not threading.current_thread():
+        # One that was not started yet will find that the server is closing.
+        if thread.is_alive() and thread is not threading.current_thread():
             thread.join(max(deadline - time.monotonic(), 0))
+
+
+@contextlib.contextmanager
+def _stopped_by_signals(server: SSEServer) -> Iterator[None]:
+    """Call `server.shutdown()` when SIGINT or SIGTERM comes; once is enough."""
+
+    def stop(*_: object) -> None:
+        for number in previous:
+            signal.signal(number, signal.SIG_IGN)
+        # shutdown() waits for serve_forever(), which this thread is in. Not
+        # threading.Thread: this may have interrupted one that starts a thread, and
+        # holds the lock which that needs.
+        _thread.start_new_thread(server.shutdown, ())
+
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    previous = {number: signal.getsignal(number) for number in numbers}
+    for number in numbers:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            if signal.getsignal(number) is stop:  # It was not a signal that ended it.
+                signal.signal(number, previous[number])
+
+
+# --- 7. The command line ----------------------------------------------------------
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the server from the command line, until SIGINT or SIGTERM."""
-    if sys.stderr is None:  # closed; http.server writes its log there
+    if sys.stderr is None:  # It is closed; http.server writes its log there.
         sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115
     parser = _parser()
     options = parser.parse_args(arguments)
-    _raise_descriptor_limit(options.max_connections + _DESCRIPTORS)
+    _raise_descriptor_limit(options.max_connections + _OTHER_DESCRIPTORS)
+    # The thread that reads lines computes without a pause while they come fast. Others
+    # then wait this long for the interpreter, by default ten times as long.
+    sys.setswitchinterval(0.0005)
     lines = Channel() if options.source == "-" else None
     try:
-        server = _server(options, lines.subscribe if lines else _greet)
+        server = _make_server(options, lines.subscribe if lines else _say_hi)
     except (TypeError, ValueError) as error:
         parser.error(str(error))
     except OSError as error:
         where = f"{options.host} port {options.port}"
         sys.exit(f"sse_ref: cannot listen on {where}: {error.strerror}")
-    with server:
-        _stop_on_signals(server)
+    with server, _stopped_by_signals(server):
         print(_greeting(server), flush=True)
-        if lines and sys.stdin:  # None where it is closed
+        if lines and sys.stdin:  # It is None if it is closed.
             threading.Thread(target=_publish_lines, args=(lines,), daemon=True).start()
         server.serve_forever(poll_interval=0.1)
         if lines:
             lines.close()
 
 
-def _greet(client: Client) -> None:
+def _say_hi(client: Client) -> None:
     client.send("hi there!")
 
 
-def _server(
+def _make_server(
     options: argparse.Namespace, on_connection: Callable[[Client], object]
 ) -> SSEServer:
     return SSEServer(
@@ -1495,7 +2280,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def port_number(text: str) -> int:
-    """Return a port; argparse says "invalid port_number value" of what is none."""
+    """Return a port; otherwise argparse says "invalid port_number value"."""
     port = int(text)
     if port not in range(2**16):
         raise ValueError
@@ -1512,15 +2297,15 @@ def _greeting(server: SSEServer) -> str:
 def _publish_lines(channel: Channel) -> None:
     """Publish each line of standard input as soon as it is there, until its end."""
     try:
-        for line in _lines_of(sys.stdin.fileno()):
+        for line in _read_lines(sys.stdin.fileno()):
             channel.publish(line.decode(errors="replace"))
     except RuntimeError:
-        pass  # the channel is closed: the server ends
+        pass  # The channel is closed: the server ends.
     except OSError as error:
         logger.error("standard input cannot be read: %s", error.strerror)
 
 
-def _lines_of(descriptor: int) -> Iterator[bytearray]:
+def _read_lines(descriptor: int) -> Iterator[bytearray]:
     # From the descriptor: at exit, a thread inside sys.stdin would abort the process.
     rest = bytearray()
     while piece := os.read(descriptor, 2**16):
@@ -1533,34 +2318,21 @@ def _lines_of(descriptor: int) -> Iterator[bytearray]:
         yield rest
 
 
-def _stop_on_signals(server: SSEServer) -> None:
-    signals = (signal.SIGINT, signal.SIGTERM)
-
-    def stop(*_: object) -> None:
-        for each in signals:
-            signal.signal(each, signal.SIG_IGN)  # once is enough
-        # shutdown() waits for serve_forever(), which this thread is in; and a handler
-        # may have interrupted the start of another thread, whose lock Thread() takes.
-        _thread.start_new_thread(server.shutdown, ())
-
-    for each in signals:
-        signal.signal(each, stop)
-
-
 def _raise_descriptor_limit(needed: int) -> None:
+    """Allow this process as many descriptors as it needs, if the system lets it."""
     try:
-        import resource  # noqa: PLC0415 - not on Windows
+        import resource  # noqa: PLC0415 - Windows does not have it.
     except ImportError:
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < needed:
         most = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
-        # Without a hard limit the system may still have one of its own, as macOS has.
+        # Without a hard limit the system may still have one of its own (macOS).
         with contextlib.suppress(OSError, OverflowError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
-_DESCRIPTORS = 64  # what Python and the server have open besides
+_OTHER_DESCRIPTORS = 128  # surplus connections, and what Python and the server open
 
 if __name__ == "__main__":
     main()
