@@ -217,6 +217,16 @@ class _Wakeup:
         self._asleep.acquire(timeout=min(max(timeout, 0), threading.TIMEOUT_MAX))
 
 
+def _release_if_owned(lock: threading.RLock) -> None:
+    """Release a lock that an exception has left held.
+
+    From CPython 3.14 on, a signal handler may raise after a with statement has acquired
+    its lock and before it guards it. An RLock knows its owner, so this can be mended.
+    """
+    with contextlib.suppress(RuntimeError):  # This thread does not hold it.
+        lock.release()
+
+
 # The states of a Client. Each leads to those below it.
 #
 # state         entered by                   send() then             still delivered
@@ -273,7 +283,7 @@ class Client:
         self._wakeup = _Wakeup()  # wakes the request's own thread
 
         # Guards all that follows, and every use of the socket.
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._state = _HEAD_PENDING
         self._head = head
         self._last_write = time.monotonic()  # when the kernel last took something
@@ -370,6 +380,21 @@ class Client:
 
     def _send(self, frames: bytes) -> None:
         is_own_thread = threading.get_ident() == self._own_thread
+        try:
+            target = self._write_unless_full(frames, is_own_thread)
+        except BrokenPipeError:
+            raise
+        except BaseException:  # Ctrl-C, for example: half of a chunk may be out.
+            _release_if_owned(self._lock)
+            self._reset("an exception interrupted a send")
+            raise
+        if is_own_thread:
+            self._sleep_until(lambda: self._drained >= target or self._is_over())
+            if self._drained < target:
+                raise BrokenPipeError(errno.EPIPE, "the event stream has ended")
+
+    def _write_unless_full(self, frames: bytes, is_own_thread: bool) -> int:
+        """Write `frames`; return the value of _drained at which they are out."""
         with self._lock:
             # The test comes before the frames are added, so a frame that is larger than
             # the limit does no harm by itself.
@@ -382,10 +407,7 @@ class Client:
             target = self._drained + self._backlog_size
             if is_own_thread:
                 self._awaited = target
-        if is_own_thread:
-            self._sleep_until(lambda: self._drained >= target or self._is_over())
-            if self._drained < target:
-                raise BrokenPipeError(errno.EPIPE, "the event stream has ended")
+            return target
 
     def _write(self, frames: bytes) -> None:
         """Encode and transmit `frames`, after the head if that is pending (locked)."""
@@ -672,7 +694,7 @@ class Channel:
         self._all_taken = _Wakeup()  # wakes a publisher that waits for it
 
         # Guards all that follows.
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         # The log. Number 0 is the beginning; it always stays. After it come the events
         # from _first to _count; the fan-out has taken those up to _taken.
         self._log = {0: _Event(f"{self._epoch}-0", b"", 0)}
@@ -713,26 +735,13 @@ class Channel:
         Raises RuntimeError if the channel is closed, and what `encode_event` raises.
         """
         self._wait_for_fan_out()
-        with self._lock:
-            if self._closed:
-                raise RuntimeError("the channel is closed")
-            number = self._count + 1
-            is_named = id is not None
-            if not is_named and self._history and (data, event) != (None, None):
-                id = f"{self._epoch}-{number}"
-            frame = encode_event(data, event=event, id=id)
-            text = "" if id is None else _id_text(id)
-            end = self._log[self._count].end + len(frame)
-            self._log[number] = _Event(text, frame, end)
-            if is_named and text and self._history:
-                self._numbers[text] = number
-            # This commits the event. An exception before it, say by Ctrl-C, leaves only
-            # entries that the next event overwrites or that _number_of() sees through.
-            self._count = number
-            self._count_size = end
-            self._trim()
-        self._published.set()
-        return text
+        try:
+            return self._append(data, event, id)
+        except BaseException:
+            _release_if_owned(self._lock)
+            raise
+        finally:
+            self._published.set()
 
     def subscribe(
         self, client: Client, *, after: str | int | None = None, last: int = 0
@@ -804,6 +813,32 @@ class Channel:
             fan_out_thread.join()
 
     # The log. The caller of a method marked "(locked)" holds the channel's lock.
+
+    def _append(
+        self, data: str | None, event: str | None, id_: str | int | None
+    ) -> str:
+        """Add an event to the log and return its ID.
+
+        An exception in the middle, say by Ctrl-C, leaves only entries that the next
+        event overwrites, or that _number_of() sees through.
+        """
+        with self._lock:
+            if self._closed:
+                raise RuntimeError("the channel is closed")
+            number = self._count + 1
+            is_named = id_ is not None
+            if not is_named and self._history and (data, event) != (None, None):
+                id_ = f"{self._epoch}-{number}"
+            frame = encode_event(data, event=event, id=id_)
+            text = "" if id_ is None else _id_text(id_)
+            end = self._log[self._count].end + len(frame)
+            self._log[number] = _Event(text, frame, end)
+            if is_named and text and self._history:
+                self._numbers[text] = number
+            self._count = number  # This commits the event.
+            self._count_size = end
+            self._trim()
+            return text
 
     def _trim(self) -> None:
         """Drop the oldest events that neither history nor log size keeps (locked)."""
@@ -1168,8 +1203,8 @@ class SSERequestHandler(BaseHTTPRequestHandler):
             raise RuntimeError("this request has been answered already")
         _check_origin(self)
         _check_user(self)
-        self.log_request(HTTPStatus.OK)
         if self.command == "HEAD":
+            self.log_request(HTTPStatus.OK)
             self.wfile.write(head)
             return
         # From here on the client writes to the socket. The reader's buffer is not
@@ -1179,6 +1214,7 @@ class SSERequestHandler(BaseHTTPRequestHandler):
         self.connection.setblocking(False)
         client = Client(self, head)
         if self.server._add_stream(self._record, client):
+            self.log_request(HTTPStatus.OK)
             self._hold_stream(client, on_connection or self.server.on_connection)
         else:
             self.connection.setblocking(True)
@@ -1197,7 +1233,8 @@ class SSERequestHandler(BaseHTTPRequestHandler):
                 self.connection.setblocking(True)
                 raise
             # BrokenPipeError is how send() says that the stream has ended.
-            if not (isinstance(error, BrokenPipeError) and client.closed):
+            is_expected = isinstance(error, (BrokenPipeError, Refusal))
+            if not (is_expected and client.closed):
                 logger.exception("%s: on_connection failed", self.client_address)
         finally:
             # With status 200 an EventSource reconnects, after a 500 it never does. So
