@@ -1,55 +1,67 @@
 # SPDX-License-Identifier: 0BSD
-"""Server-sent events on Python's own http.server: a reference to run, paste and read.
+r"""Server-sent events on Python's own http.server: a reference to run, paste and read.
 
     python sse_ref.py
-    curl http://localhost:8080            # prints "okay", and the server closes
-    curl -N http://localhost:8080/sse     # prints "data: hi there!", and stays
+    curl http://localhost:8080            # prints okay, and the server closes
+    curl -N http://localhost:8080/sse     # prints data: hi there!, and stays open
 
-An event stream is an HTTP response that does not end. The server answers a request
-with `Content-Type: text/event-stream`, keeps the connection open, and writes a few
-lines of text whenever it has something to say. A browser reads them with
-`new EventSource(url)`. When the stream ends, the browser connects again by itself and
-names the last event that it has seen.
+An event stream is an HTTP response that does not end. A browser reads it with
+`new EventSource(url)`. Without this module it takes ten lines:
 
-Contents:
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Type", "text/event-stream")
+            self.end_headers()
+            while True:
+                self.wfile.write(f"data: {time.ctime()}\n\n".encode())
+                time.sleep(1)
 
-    1. An event          what goes over the wire
-    2. One stream        Client: the states of a stream, and how bytes leave it
-    3. Many streams      Channel: one publish for all, and nothing lost on a reconnect
-    4. A request         SSERequestHandler: from the first byte to the answer
-    5. Who gets in       Host, Origin, the program's own authorization
-    6. The server        SSEServer: its connections, its I/O thread, its end
+    ThreadingHTTPServer(("127.0.0.1", 8080), Handler).serve_forever()
+
+The rest of this file is there for what these ten lines do not do:
+
+    1. An event          text with line breaks, types, IDs
+    2. One stream        any thread may send, slow readers, leaving at once, a good end
+    3. Many streams      one publish for all, and nothing lost on a reconnect
+    4. A request         malformed heads, bodies, errors, a stream in answer to a POST
+    5. Who gets in       pages of other origins, users
+    6. The server        too many connections, slow ones, an orderly stop
     7. The command line
+
+Chapters 1 to 3 are about event streams. Read them first. Chapters 4 to 7 are about
+serving them with http.server.
 
 The life of a stream, and the thread that takes each step:
 
-    step                                    where                        thread
-    ----                                    -----                        ------
-    accept, and start a thread              SSEServer.process_request    main
-    read the head                           Handler._read_head           request's own
-    find the method, check the Host         Handler.handle_one_request   request's own
-    check Origin and user, make the Client  Handler.serve_stream         request's own
-    run the program's part                  on_connection(client)        request's own
-    send the head and an event              Client.send                  any
-    send one event to all subscribers       Channel._fan_out             fan-out
-    send what the kernel did not take       Client._on_ready             I/O
-    send a keep-alive comment               Client._check_deadline       I/O
-    notice that the peer has left           Client._on_ready             I/O
-    end the stream                          Client.close                 any
-    run the on_close callbacks, close       Handler._hold_stream         request's own
+    step                                 method                           thread
+    ----                                 ------                           ------
+    accept, start a thread               SSEServer.process_request        accepting
+    read the head                        SSERequestHandler._read_head     request's own
+    check Host and Origin, find do_GET   SSERequestHandler._call_method   request's own
+    check the user, make the Client      SSERequestHandler.serve_stream   request's own
+    run the program's part               on_connection                    request's own
+    send the head and an event           Client.send                      any
+    send one event to all subscribers    Channel._fan_out                 fan-out
+    send what the kernel did not take    Client._on_ready                 I/O
+    notice that the peer has left        Client._on_ready                 I/O
+    send a keep-alive comment            Client._check_deadline           I/O
+    end the stream                       Client.close                     any
+    run on_close callbacks, end          SSERequestHandler._hold_stream   request's own
 
-So there are three kinds of threads besides the main thread, which accepts:
+So besides the thread that accepts connections, which called `serve_forever` or `run`,
+there are three kinds of threads:
 
-  * A thread per request runs the handler and `on_connection`. Then it sleeps until
+  * One thread per request runs the handler and `on_connection`. Then it sleeps until
     the stream ends.
-  * One I/O thread per server watches all open streams with a selector. It does what
-    has to be done at a certain time, whatever the request's thread is doing.
+  * One I/O thread per server watches all open streams with a selector. It also does
+    what is due at a certain time, whatever the request's thread is doing.
   * One fan-out thread per channel writes each event to the channel's subscribers. It
     exists while there are subscribers.
 
-Each server, client and channel has one lock, and so has the I/O thread. A thread that
-holds a client's lock may take that of a channel or of the I/O thread. No other two are
-ever held together, so no two threads can wait for each other.
+The server, each client, each channel and the I/O thread have one lock each. A thread
+that holds a client's lock may take the lock of a channel or of the I/O thread. No other
+two are held together, so no two threads can wait for each other.
 
 "Standard" below means section 9.2 of HTML, https://html.spec.whatwg.org/#server-sent-events
 """
@@ -197,58 +209,30 @@ _KEEPALIVE = encode_comment("keep-alive")
 # --- 2. One stream ----------------------------------------------------------------
 
 
-class _Wakeup:
-    """Wakes the thread that waits for it; once, however often it was set before.
-
-    threading.Event and Condition run Python code while they hold a lock. An exception
-    that a signal handler raises in there would leave that lock held for ever. Here
-    every step is one call into C.
-    """
-
-    def __init__(self) -> None:
-        self._asleep = threading.Lock()
-        self._asleep.acquire()
-
-    def set(self) -> None:
-        with contextlib.suppress(RuntimeError):  # It has been set already.
-            self._asleep.release()
-
-    def wait(self, timeout: float = inf) -> None:
-        self._asleep.acquire(timeout=min(max(timeout, 0), threading.TIMEOUT_MAX))
-
-
-def _release_if_owned(lock: threading.RLock) -> None:
-    """Release a lock that an exception has left held.
-
-    From CPython 3.14 on, a signal handler may raise after a with statement has acquired
-    its lock and before it guards it. An RLock knows its owner, so this can be mended.
-    """
-    with contextlib.suppress(RuntimeError):  # This thread does not hold it.
-        lock.release()
-
-
-# The states of a Client. Each leads to those below it.
+# The states of a Client, in their order. HEAD_PENDING and OPEN may lead to ENDED, too.
 #
-# state         entered by                   send() then             still delivered
-# -----         ----------                   -----------             ---------------
-# HEAD_PENDING  serve_stream                 sends the head, too     -
-# OPEN          what first sends something   sends                   everything
-# CLOSING       close()                      raises BrokenPipeError  what was sent or
-#                                                                    published before
-# CLOSED        close() or the I/O thread,   raises BrokenPipeError  nothing
-#               when the FIN is out; whoever
-#               finds that the peer has left
+# state         entered by              send() then             what is still delivered
+# -----         ----------              -----------             -----------------------
+# HEAD_PENDING  serve_stream()          sends the head, too     -
+# OPEN          the first send, wait,   sends                   everything
+#               subscribe or close
+# DRAINING      close()                 raises BrokenPipeError  what was sent or was
+#                                                               published before close()
+# ENDED         _end(), when the FIN    raises BrokenPipeError  nothing
+#               is out or the peer has
+#               left
 #
-# Client.closed is True in CLOSING and CLOSED: nothing more can be sent. In HEAD_PENDING
-# on_connection may still raise a Refusal; then the next state is CLOSED.
+# Client.closed is True in DRAINING and ENDED: nothing more can be sent. In HEAD_PENDING
+# on_connection may still raise a Refusal; then the next state is ENDED.
 _HEAD_PENDING = "head pending"
 _OPEN = "open"
-_CLOSING = "closing"
-_CLOSED = "closed"
+_DRAINING = "draining"
+_ENDED = "ended"
 
 _READ = selectors.EVENT_READ
 _READ_AND_WRITE = selectors.EVENT_READ | selectors.EVENT_WRITE
 _SMALL_PIECE = 2**13  # bytes
+_LARGE_FRAME = 2**18
 
 
 class Client:
@@ -280,22 +264,26 @@ class Client:
         self._socket: socket.socket = handler.connection
         self._is_chunked = handler._is_chunked()
         self._own_thread = threading.get_ident()
-        self._wakeup = _Wakeup()  # wakes the request's own thread
+        self._wakeup = _Wakeup()  # wakes that thread
 
-        # Guards all that follows, and every use of the socket.
+        # Guards writing to the socket, and all that follows.
         self._lock = threading.RLock()
         self._state = _HEAD_PENDING
         self._head = head
-        self._last_write = time.monotonic()  # when the kernel last took something
-        self._backlog: list[bytes] = []  # what the kernel has not taken yet
+        self._last_write = time.monotonic()  # when it last wrote, or began to wait
+        # The backlog: what the kernel has not taken yet. Of its first piece the kernel
+        # has taken _offset bytes.
+        self._backlog: list[bytes] = []
         self._backlog_size = 0  # bytes
-        self._offset = 0  # how much of the first piece the kernel has taken
-        self._drained = 0  # bytes that have left the backlog since the beginning
-        self._awaited: float = inf  # the own thread waits until so many have left it
+        self._offset = 0
+        # _drained counts the bytes that have left the backlog since the beginning. The
+        # request's own thread sleeps until there are _awaited of them.
+        self._drained = 0
+        self._awaited: float = inf
         self._has_last_chunk = False  # It was sent, or is in the backlog.
         self._subscriptions: dict[Channel, _Subscription] = {}
-        self._has_resumed = False  # A channel has used last_event_id.
-        self._interest = 0  # the events that the I/O thread watches the socket for
+        self._has_resumed = False  # A channel with a history has used last_event_id.
+        self._interest = 0  # what the I/O thread watches the socket for; 0: nothing
         self._received = 0  # bytes that the peer has sent on the open stream
         self._reset_reason = ""
         self._callbacks: list[Callable[[Client], object]] = []
@@ -308,7 +296,7 @@ class Client:
     @property
     def closed(self) -> bool:
         """True as soon as nothing more can be sent, whoever has ended the stream."""
-        return self._state in (_CLOSING, _CLOSED)
+        return self._state in (_DRAINING, _ENDED)
 
     def send(
         self,
@@ -357,9 +345,9 @@ class Client:
             if self.closed:
                 return
             self._write(b"")  # The head, if it is still pending.
-            if self._state is _CLOSED:
+            if self._state is _ENDED:
                 return
-            self._state = _CLOSING
+            self._state = _DRAINING
             for channel, subscription in self._subscriptions.items():
                 subscription.stop = channel._count
             self._advance()
@@ -371,17 +359,36 @@ class Client:
         If the stream has ended already, this thread calls it at once.
         """
         with self._lock:
-            if self._state is not _CLOSED:
+            if self._state is not _ENDED:
                 self._callbacks.append(callback)
                 return
         callback(self)
 
-    # How bytes leave. The caller of a method marked "(locked)" holds the client's lock.
+    # How bytes leave. A method marked "(locked)" is called with the client's lock held.
+    #
+    #   send, comment -> _send -> _write -> _transmit -> the kernel, or else _backlog
+    #   Channel._fan_out ------------------> _transmit
+    #   the I/O thread, close, Channel.subscribe -> _advance -> _flush -> the kernel
+    #                                               _advance -> _catch_up -> _write
+    #
+    # _write encodes: it adds the head and makes a chunk. _transmit takes bytes as they
+    # are. _advance does what comes next, now that the socket takes more.
 
     def _send(self, frames: bytes) -> None:
         is_own_thread = threading.get_ident() == self._own_thread
         try:
-            target = self._write_unless_full(frames, is_own_thread)
+            with self._lock:
+                # The test comes before the frames are added, so a frame that is larger
+                # than the limit does no harm by itself.
+                is_full = self._backlog_size > self._server.max_backlog
+                if is_full and not is_own_thread and self._state is _OPEN:
+                    self._end("its backlog is over max_backlog")
+                if self.closed:
+                    raise BrokenPipeError(errno.EPIPE, "the event stream has ended")
+                self._write(frames)
+                target = self._drained + self._backlog_size
+                if is_own_thread:
+                    self._awaited = target
         except BrokenPipeError:
             raise
         except BaseException:  # Ctrl-C, for example: half of a chunk may be out.
@@ -389,25 +396,9 @@ class Client:
             self._reset("an exception interrupted a send")
             raise
         if is_own_thread:
-            self._sleep_until(lambda: self._drained >= target or self._is_over())
+            self._sleep_until(lambda: self._drained >= target or self._has_ended())
             if self._drained < target:
                 raise BrokenPipeError(errno.EPIPE, "the event stream has ended")
-
-    def _write_unless_full(self, frames: bytes, is_own_thread: bool) -> int:
-        """Write `frames`; return the value of _drained at which they are out."""
-        with self._lock:
-            # The test comes before the frames are added, so a frame that is larger than
-            # the limit does no harm by itself.
-            is_full = self._backlog_size > self._server.max_backlog
-            if is_full and not is_own_thread and self._state is _OPEN:
-                self._end("its backlog is over max_backlog")
-            if self.closed:
-                raise BrokenPipeError(errno.EPIPE, "the event stream has ended")
-            self._write(frames)
-            target = self._drained + self._backlog_size
-            if is_own_thread:
-                self._awaited = target
-            return target
 
     def _write(self, frames: bytes) -> None:
         """Encode and transmit `frames`, after the head if that is pending (locked)."""
@@ -417,22 +408,22 @@ class Client:
             head, self._head = self._head, b""
             if self._server.retry is not None:
                 frames = b"retry: %d\n%b" % (self._server.retry, frames)
-            # Proxies and browsers wait for the first bytes of a body.
+            # Something must come: proxies and browsers wait for the body to begin.
             frames = frames or _FIRST_COMMENT
         if not frames:
             return
         if not self._is_chunked:
             self._transmit(head + frames)
-        elif len(frames) <= Channel.piece_size:
+        elif len(frames) < _LARGE_FRAME:
             self._transmit(head + _encode_chunk(frames))
-        else:  # A large event is shared by all that are behind; do not copy it.
+        else:  # Many streams may have it in their backlog; they share one copy.
             self._transmit(b"%b%x\r\n" % (head, len(frames)))
             self._transmit(frames)
             self._transmit(b"\r\n")
 
     def _transmit(self, wire: bytes) -> None:
         """Hand `wire` to the kernel; what it does not take is backlog (locked)."""
-        if self._state is _CLOSED:
+        if self._state is _ENDED:
             return
         sent = 0
         if not self._backlog:
@@ -453,27 +444,35 @@ class Client:
             self._backlog[-1] += wire
         else:
             self._backlog.append(wire)
-        self._io_thread.watch(self, _READ_AND_WRITE)
+        self._watch_for_writing()
 
     def _advance(self) -> None:
         """Send what comes next: backlog, then missed events, then the end (locked).
 
-        At most one piece of each: the other streams shall have their turn.
+        It sends at most one piece of each, so that the other streams get their turn.
         """
         is_behind = False
         if self._backlog:
             self._flush()
         for channel, subscription in list(self._subscriptions.items()):
-            if not self._backlog:
-                is_behind = channel._catch_up(subscription) or is_behind
-        if self._state is _CLOSING and not self._backlog and not is_behind:
+            if not self._backlog and channel._catch_up(subscription):
+                is_behind = True
+        if self._state is _DRAINING and not self._backlog and not is_behind:
             if self._is_chunked and not self._has_last_chunk:
                 self._has_last_chunk = True
                 self._transmit(_LAST_CHUNK)
             if not self._backlog:
                 self._end()
-        has_more = bool(self._backlog) or is_behind
-        self._io_thread.watch(self, _READ_AND_WRITE if has_more else _READ)
+        if self._backlog or is_behind:
+            self._watch_for_writing()
+        else:
+            self._io_thread.watch(self, _READ)
+
+    def _watch_for_writing(self) -> None:
+        """Have the I/O thread call `_advance` when the socket takes more (locked)."""
+        if self._interest == _READ:
+            self._last_write = time.monotonic()  # From now on it may be stalled.
+            self._io_thread.watch(self, _READ_AND_WRITE)
 
     def _flush(self) -> None:
         """Hand the kernel what it takes of the first piece of the backlog (locked)."""
@@ -497,15 +496,15 @@ class Client:
             self._wakeup.set()
 
     def _end(self, reset_reason: str = "") -> None:
-        """Enter CLOSED: all is out, or nothing more can get out (locked).
+        """Enter ENDED: all is out, or nothing more can get out (locked).
 
-        With a reason the connection is reset: an RST tells a peer that does not read,
-        and the kernel drops what it holds for it (RFC 9293, 3.10.4). The socket is
-        closed here and not by the request's own thread, which may be busy.
+        Without a reason the peer gets our FIN. With a reason it gets an RST, and the
+        kernel drops what it holds for it (RFC 9293, 3.10.4). For that the socket is
+        closed at once, because the request's own thread may be busy for long.
         """
-        if self._state is _CLOSED:
+        if self._state is _ENDED:
             return
-        self._state = _CLOSED
+        self._state = _ENDED
         self._backlog.clear()
         self._backlog_size = 0
         for channel, subscription in self._subscriptions.items():
@@ -525,9 +524,9 @@ class Client:
     def _on_ready(self, events: int) -> None:
         """Read from the socket, or write to it, now that this does not block."""
         with self._lock:
-            if events & selectors.EVENT_READ and self._state is not _CLOSED:
+            if events & selectors.EVENT_READ and self._state is not _ENDED:
                 self._read()
-            if events & selectors.EVENT_WRITE and self._state is not _CLOSED:
+            if events & selectors.EVENT_WRITE and self._state is not _ENDED:
                 self._advance()
 
     def _read(self) -> None:
@@ -544,23 +543,18 @@ class Client:
         elif self._received > self.max_input:
             self._end("it does not stop sending")
 
-    def _check_deadline(self, now: float) -> float:
-        """Do what is due at `now`; return when something will be due next."""
-        keepalive = self._server.keepalive or inf
+    def _check_deadline(self, now: float) -> None:
+        """Do what is due at `now`; called several times a second."""
         with self._lock:
+            silence = now - self._last_write
             if self._state is _HEAD_PENDING:
-                due = self._last_write + self.head_delay
-                if due <= now:
+                if silence >= self.head_delay:
                     self._write(b"")
-            elif self._interest == _READ_AND_WRITE:  # It waits for the reader.
-                due = self._last_write + self.stall_timeout
-                if due <= now:
+            elif self._interest == _READ_AND_WRITE:  # It waits for its reader.
+                if silence >= self.stall_timeout:
                     self._end("it has stopped reading")
-            else:
-                due = self._last_write + keepalive
-                if due <= now and self._state is _OPEN:
-                    self._write(_KEEPALIVE)
-        return due if due > now else now + keepalive
+            elif self._state is _OPEN and silence >= (self._server.keepalive or inf):
+                self._write(_KEEPALIVE)
 
     def _reset(self, reason: str) -> None:
         """End the stream with an RST, if it has not ended; any thread may call this."""
@@ -569,8 +563,8 @@ class Client:
 
     # What the request's own thread does.
 
-    def _is_over(self) -> bool:
-        return self._state is _CLOSED
+    def _has_ended(self) -> bool:
+        return self._state is _ENDED
 
     def _sleep_until(
         self, condition: Callable[[], bool], deadline: float = inf
@@ -587,14 +581,14 @@ class Client:
         with self._lock:
             is_pending = self._state is _HEAD_PENDING
             if is_pending:
-                self._state = _CLOSED
+                self._state = _ENDED
                 self._io_thread.remove(self)
             return is_pending
 
     def _finish(self) -> None:
         """Close, wait until everything is out, then run the on_close callbacks."""
         self.close()
-        self._sleep_until(self._is_over)
+        self._sleep_until(self._has_ended)
         if self._reset_reason:
             logger.warning("%s: reset, %s", self.address, self._reset_reason)
         with self._lock:
@@ -663,15 +657,24 @@ class Channel:
 
     Any thread may call any method.
 
-    How it works: events have numbers, 1, 2, 3 and so on, and stand in a log. Each
-    subscriber has a place in the log. The fan-out thread takes the events that were
-    published since it last did so, and writes them as one piece to every subscriber
-    whose place is where the piece begins. A subscriber whose kernel buffer is full
-    keeps its place: it is behind. When its socket takes more, the I/O thread serves it
-    from the log, one piece at a time, until its place is where the next piece begins.
-    A client that reconnects is behind in the same way. So the log is the only buffer,
-    and a place moves only when something is written, under the client's lock. That is
-    why nothing is lost or sent twice, whichever thread comes first.
+    How it works: the events have the numbers 1, 2, 3 and so on, and stand in a log. The
+    fan-out thread takes those that were published since it last did so. Each subscriber
+    has a place in the log, the number of the last event that was written to it:
+
+         _first             the place of one         _taken            _count
+           |                that is behind             |                 |
+        ---+----------------------+--------------------+-----------------+---> log
+           older ones are dropped    what it has missed    the next piece
+
+    A subscriber that keeps up has its place at _taken. The fan-out thread writes the
+    next piece to all of these. It leaves the others alone: they are behind, because
+    their kernel buffers were full, or because they have reconnected. When the socket of
+    one that is behind takes more, the I/O thread writes missed events to it, one piece
+    at a time, until its place is at _taken as well. So a slow reader needs no copy of
+    what it has missed, only its place. A place moves only together with a write, under
+    the client's lock. That is why no event is lost or sent twice, whichever of the two
+    threads comes first. If the log drops events that a subscriber has missed, it is
+    told so by a gap event.
     """
 
     piece_size = 2**18
@@ -774,18 +777,17 @@ class Channel:
             if self._history and others:
                 raise ValueError("the client is subscribed to another history already")
             with self._lock:
-                place, greeting = self._place_of(last_id, last)
+                place, last_id, greeting = self._place_of(last_id, last)
                 subscription = _Subscription(client, place, last_id)
                 self._start_fan_out()
                 self._subscriptions[subscription] = None
-                is_over = self._ends_streams
+                ends_streams = self._ends_streams
             client._subscriptions[self] = subscription
-            client._has_resumed = bool(self._history)
+            client._has_resumed = client._has_resumed or bool(self._history)
             if greeting:
                 client._write(greeting)
-            client._advance()
-            client._write(b"")  # The head, if nothing was there to be sent with it.
-        if is_over:
+            client._advance()  # Missed events, or at least the head.
+        if ends_streams:
             client.close()
 
     def unsubscribe(self, client: Client) -> None:
@@ -827,7 +829,8 @@ class Channel:
                 raise RuntimeError("the channel is closed")
             number = self._count + 1
             is_named = id_ is not None
-            if not is_named and self._history and (data, event) != (None, None):
+            is_empty = data is None and event is None  # encode_event refuses that.
+            if self._history and not is_named and not is_empty:
                 id_ = f"{self._epoch}-{number}"
             frame = encode_event(data, event=event, id=id_)
             text = "" if id_ is None else _id_text(id_)
@@ -841,12 +844,15 @@ class Channel:
             return text
 
     def _trim(self) -> None:
-        """Drop the oldest events that neither history nor log size keeps (locked)."""
+        """Drop old events that neither history nor log size keeps (locked)."""
         newest = self._log[self._count]
-        while self._first <= (self._taken if self._fan_out_thread else self._count):
+        # The newest event stays, and so does what the fan-out has not taken yet.
+        limit = self._count - 1
+        if self._fan_out_thread is not None:
+            limit = min(limit, self._taken)
+        while self._first <= min(limit, self._count - self._history):
             oldest = self._log[self._first]
-            is_in_history = self._first > self._count - self._history
-            if is_in_history or newest.end - oldest.end < self.min_log_size:
+            if newest.end - oldest.end < self.min_log_size:
                 return
             if self._numbers.get(oldest.id) == self._first:
                 del self._numbers[oldest.id]
@@ -854,23 +860,23 @@ class Channel:
             self._first += 1
             del self._log[self._first - 1]
 
-    def _place_of(self, last_id: str, last: int) -> tuple[int, bytes]:
-        """Return where a new subscriber begins, and what it is told first (locked)."""
+    def _place_of(self, last_id: str, last: int) -> tuple[int, str, bytes]:
+        """Return where a subscriber begins, its last ID, and a first frame (locked)."""
         if not self._history:
-            return self._count, b""
+            return self._count, "", b""
         before_history = max(self._first - 1, self._count - self._history)
         if last_id:
             place = self._number_of(last_id)
         else:
             place = max(before_history, self._count - last)
         if place < before_history:
-            return before_history, self._gap(last_id)
+            return before_history, last_id, self._gap(last_id)
         if place < self._count:
-            return place, b""
+            return place, last_id, b""
         # There is nothing to replay. An ID without data dispatches nothing (standard,
-        # 9.2.6), but the client has an ID to come back with from the beginning.
+        # 9.2.6), but from now on the client has an ID to come back with.
         newest_id = self._log[place].id or f"{self._epoch}-{place}"
-        return place, encode_event(id=newest_id)
+        return place, newest_id, encode_event(id=newest_id)
 
     def _number_of(self, id_: str) -> int:
         """Return the number of the newest event with that ID, or -1 (locked)."""
@@ -893,7 +899,8 @@ class Channel:
         """Return the event which says that events after `last_id` are lost (locked)."""
         if self._gap_event is None:
             return b""
-        # If nothing is held, the next reconnect must not find the same gap again.
+        # If nothing is held, no event follows that would give the client a new ID. With
+        # this one its next reconnect finds no gap.
         id_ = None if self._count else f"{self._epoch}-0"
         return encode_event(last_id, event=self._gap_event, id=id_)
 
@@ -924,6 +931,7 @@ class Channel:
                 limit = self._taken  # The rest is the fan-out thread's to write.
             else:
                 limit = self._count
+            # Has the log dropped events that come after its place?
             is_overtaken = place < min(self._first - 1, limit)
             if is_overtaken:
                 frames.append(self._gap(subscription.last_id))
@@ -941,7 +949,7 @@ class Channel:
 
     def _remove(self, subscription: _Subscription) -> None:
         """Forget a subscriber; the caller holds the client's lock."""
-        # The fan-out thread may still have it in hand: this place is never served.
+        # The fan-out thread may still have it in hand. At this place nothing is due.
         subscription.place = sys.maxsize
         with self._lock:
             self._subscriptions.pop(subscription, None)
@@ -979,6 +987,7 @@ class Channel:
                     return
             except Exception:  # MemoryError, for example; the next piece may fit.
                 logger.exception("fan-out failed")
+                time.sleep(0.1)
 
     def _fan_out(self) -> bool:
         """Write the next piece to all who are not behind; False if this was the end."""
@@ -1000,30 +1009,59 @@ class Channel:
         try:
             plain = b"".join(frames)
             chunk = _encode_chunk(plain)
+            fits = True
         except MemoryError:
-            end = begin  # Nobody gets it from here; all who can catch up will.
             logger.exception("a piece of %d events does not fit in memory", len(frames))
+            fits = False
         for subscription in subscriptions:
             client = subscription.client
             try:
                 with client._lock:
-                    if (
-                        subscription.place == begin
-                        and client._state is _OPEN
-                        and not client._backlog
-                        and end > begin
-                    ):
+                    keeps_up = subscription.place == begin and not client._backlog
+                    if keeps_up and fits and client._state is _OPEN:
                         client._transmit(chunk if client._is_chunked else plain)
                         subscription.place = end
                         subscription.last_id = last_id
-                    elif subscription.place < self._taken:
-                        client._io_thread.watch(
-                            client, _READ_AND_WRITE
-                        )  # It is behind.
+                    elif subscription.place < end:
+                        # It is behind, or has joined in the middle of this piece.
+                        client._watch_for_writing()
             except Exception:
                 logger.exception("%s: fan-out failed", client.address)
                 client._reset("of an error in the server")
         return True
+
+
+# What threads sleep on, and what exceptions of signal handlers leave behind.
+
+
+class _Wakeup:
+    """Lets a thread sleep until another one calls `set()`; an earlier call counts, too.
+
+    The sleeper tries to acquire a lock that is held already, and `set()` releases it.
+    threading.Event cannot be used: it runs Python code while it holds a lock of its
+    own, and an exception of a signal handler would leave that lock held for ever.
+    """
+
+    def __init__(self) -> None:
+        self._held = threading.Lock()
+        self._held.acquire()
+
+    def set(self) -> None:
+        with contextlib.suppress(RuntimeError):  # It is set already.
+            self._held.release()
+
+    def wait(self, timeout: float = inf) -> None:
+        self._held.acquire(timeout=min(max(timeout, 0), threading.TIMEOUT_MAX))
+
+
+def _release_if_owned(lock: threading.RLock) -> None:
+    """Release a lock that an exception has left held.
+
+    From CPython 3.14 on, a signal handler may raise after a with statement has acquired
+    its lock and before it guards it. An RLock knows its owner, so this can be mended.
+    """
+    with contextlib.suppress(RuntimeError):  # This thread does not hold it.
+        lock.release()
 
 
 # --- 4. A request -----------------------------------------------------------------
@@ -1041,6 +1079,7 @@ _ABSOLUTE_FORM = re.compile(r"https?://([^/?#]*)", re.IGNORECASE)
 _HTTP_METHODS = {"CONNECT", "DELETE", "GET", "HEAD", "OPTIONS"}
 _HTTP_METHODS |= {"PATCH", "POST", "PUT", "TRACE"}
 _SAFE_METHODS = {"GET", "HEAD", "OPTIONS"}  # RFC 9110, 9.2.1
+_FULL_RETRY = 5000  # milliseconds after which to come back to a server that is full
 _STATUSES_WITHOUT_BODY = {204, 205, 304}  # RFC 9110, 15.3.5, 15.3.6 and 15.4.5
 
 Headers = Union[Mapping[str, str], Iterable[Tuple[str, str]]]
@@ -1090,8 +1129,9 @@ def _check_headers(headers: Headers) -> list[tuple[str, str]]:
 class _ConnectionIO(io.RawIOBase):
     """The bytes of a connection, for a handler's rfile and wfile.
 
-    Without this, a connection that is lost could not be told from a ConnectionError of
-    the program's own, say with its database; nor an answer that was begun from none.
+    Without this, one could not tell whether a ConnectionError means that this
+    connection is lost, or another one of the program, say to its database. And one
+    could not tell whether an answer has been begun.
     """
 
     def __init__(self, connection: socket.socket) -> None:
@@ -1147,8 +1187,8 @@ class SSERequestHandler(BaseHTTPRequestHandler):
 
     Every method may raise Refusal. All of them run in the request's own thread.
 
-    Hooks, in the order of their calls: `setup`, `handle_one_request`, `do_*`,
-    `serve_plain` or `serve_stream`, `finish`.
+    http.server calls these, in this order: `setup` makes rfile and wfile,
+    `handle_one_request` reads the head and calls a `do_*` method, `finish` closes.
     """
 
     server: SSEServer
@@ -1156,7 +1196,8 @@ class SSERequestHandler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True  # An event must not wait for the one before it.
     wfile: Any
-    _has_unread_input = True  # until a whole head says that there is none
+    # May the peer have sent what nobody has read? Yes, until the head says otherwise.
+    _has_unread_input = True
 
     body_timeout = 30.0
     """Seconds within which `read_body` must have the whole body."""
@@ -1280,7 +1321,7 @@ class SSERequestHandler(BaseHTTPRequestHandler):
         except Refusal as refusal:
             self._refuse(refusal)
         except BaseException as error:
-            if error is self._connection_io.error:
+            if error is self._connection_io.error:  # Our own read or write raised it.
                 logger.debug("%s: connection lost", self.client_address, exc_info=True)
                 return
             logger.exception("%s: request failed", self.client_address)
@@ -1311,13 +1352,15 @@ class SSERequestHandler(BaseHTTPRequestHandler):
             line = self._read_line(room)
             if line in ("\r\n", "\n"):
                 break
+            if not line:
+                return False
             field = _FIELD_LINE.fullmatch(_without_line_end(line))
             if field is None:
                 raise Refusal(HTTPStatus.BAD_REQUEST, "malformed header line\n")
             if len(self.headers) >= _MAX_FIELD_LINES:
                 raise _refusal(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
             self.headers[field[1]] = field[2].strip(" \t")
-        # One that had to give way may still be told that the server is full.
+        # A surplus connection is not too late to be told that the server is full.
         if self.server._end_deadline(self._record) and not self._record.is_surplus:
             raise _refusal(HTTPStatus.REQUEST_TIMEOUT)
         self._has_unread_input = (
@@ -1326,13 +1369,14 @@ class SSERequestHandler(BaseHTTPRequestHandler):
         return True
 
     def _read_line(self, room: int) -> str:
-        """Return the next line of the head, "" if nothing of the head has come."""
+        """Return the next line of the head, "" if there is nothing to be answered."""
         line = self.rfile.readline(room + 1)
         if len(line) > room:
             raise _refusal(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
         if not line.endswith(b"\n"):  # The peer, or the deadline, has ended it.
             is_late = self.server._end_deadline(self._record)
-            if not line and not self.requestline:
+            has_to_give_way = is_late and self._record.is_surplus
+            if has_to_give_way or not (line or self.requestline):
                 return ""
             if is_late:
                 raise _refusal(HTTPStatus.REQUEST_TIMEOUT)
@@ -1348,9 +1392,10 @@ class SSERequestHandler(BaseHTTPRequestHandler):
             raise _refusal(HTTPStatus.HTTP_VERSION_NOT_SUPPORTED)
         self.command, target = words[1], words[2]
         self.request_version = f"HTTP/1.{words[4]}"
-        # A browser takes a redirect to //x for one to the host x: as in http.server,
-        # pages see one slash. The stream's path is matched as it was sent.
+        # `path` is what programs see. As in http.server it begins with one slash: if a
+        # page redirected to //x, a browser would take x for a host.
         self.path = re.sub("^//+", "/", target)
+        # `_target` is what the server's path is compared with, as it was sent.
         absolute_form = _ABSOLUTE_FORM.match(target)
         if absolute_form:
             target = target[absolute_form.end() :]
@@ -1474,8 +1519,10 @@ class SSERequestHandler(BaseHTTPRequestHandler):
 
     def _build_head(self, status: int, headers: Iterable[tuple[str, str]]) -> bytes:
         """Return a head, which is to leave together with what follows it."""
-        self._headers_buffer: list[bytes] = []  # Drops a head that was begun.
+        # A program may have begun another head, which http.server keeps here.
+        self._headers_buffer: list[bytes] = []
         self._vary: list[str] = []
+        # end_headers() writes to wfile, and programs may override it.
         head = io.BytesIO()
         wfile, self.wfile = self.wfile, head
         try:
@@ -1515,8 +1562,8 @@ class SSERequestHandler(BaseHTTPRequestHandler):
         with contextlib.suppress(OSError):
             self.connection.shutdown(socket.SHUT_WR)
             deadline = time.monotonic() + self.linger
-            while time.monotonic() < deadline:
-                self.connection.settimeout(self.linger)
+            while (seconds := deadline - time.monotonic()) > 0:
+                self.connection.settimeout(seconds)
                 if not self.connection.recv(2**16):
                     break
 
@@ -1597,7 +1644,6 @@ _HOST = r"(?:\[([0-9a-f:.]+)\]|([^\s:/?#@\[\]\\]+?)\.?)(?::([0-9]*))?"
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(\[[0-9a-f:]+\]|[a-z0-9._-]+)(:[0-9]+)?")
 _DEFAULT_PORTS = ("http://", ":80"), ("https://", ":443")
 _PREFLIGHT_SECONDS = 600
-_FULL_RETRY = 5000  # milliseconds
 
 
 def _check_host(handler: SSERequestHandler) -> None:
@@ -1747,6 +1793,10 @@ def _allowed_origin(entry: str) -> str:
 # --- 6. The server ----------------------------------------------------------------
 
 
+_CHECK_INTERVAL = 0.25  # seconds
+_MAX_SURPLUS = 64  # connections over max_connections that are told to come back
+
+
 class _IOThread:
     """Watches the sockets of all open streams, and does what is due at a certain time.
 
@@ -1755,7 +1805,7 @@ class _IOThread:
     pair of sockets, one of which is watched like those of the streams.
     """
 
-    def __init__(self, check_deadlines: Callable[[float], float]) -> None:
+    def __init__(self, check_deadlines: Callable[[float], None]) -> None:
         self._check_deadlines = check_deadlines
         self._selector = selectors.DefaultSelector()
         kind = type(self._selector).__name__
@@ -1829,11 +1879,16 @@ class _IOThread:
     def _run(self) -> None:
         next_check = 0.0
         while not self._stopped:
-            now = time.monotonic()
-            if now >= next_check:
-                next_check = min(now + 0.5, self._check_deadlines(now))
-            for client, events in self._ready(max(next_check - now, 0)):
-                self.guard(client, client._on_ready, events)
+            try:
+                now = time.monotonic()
+                if now >= next_check:
+                    next_check = now + _CHECK_INTERVAL
+                    self._check_deadlines(now)
+                for client, events in self._ready(max(next_check - now, 0)):
+                    _take_step(client, client._on_ready, events)
+            except Exception:  # MemoryError, for example; the next round may succeed.
+                logger.exception("the I/O thread failed")
+                time.sleep(0.1)
 
     def _ready(self, timeout: float) -> list[tuple[Client, int]]:
         """Wait for readiness; return the streams and what each is ready for."""
@@ -1846,19 +1901,17 @@ class _IOThread:
             time.sleep(0.001)
             return []
         if any(key.data is None for key, _ in ready):
-            with contextlib.suppress(BlockingIOError):
-                self._self_pipe.recv(4096)
+            self._self_pipe.recv(4096)
         return [(key.data, events) for key, events in ready if key.data is not None]
 
-    @staticmethod
-    def guard(client: Client, step: Callable[[Any], Any], argument: float) -> Any:
-        """Take a step for one stream; what it raises costs this stream only."""
-        try:
-            return step(argument)
-        except Exception:  # MemoryError, for example.
-            logger.exception("%s: I/O failed", client.address)
-            client._reset("of an error in the server")
-            return inf
+
+def _take_step(client: Client, step: Callable[[Any], None], argument: Any) -> None:
+    """Call `step` for one stream. What it raises costs this stream only."""
+    try:
+        step(argument)
+    except Exception:  # MemoryError, for example.
+        logger.exception("%s: I/O failed", client.address)
+        client._reset("of an error in the server")
 
 
 class _Connection:
@@ -1871,24 +1924,8 @@ class _Connection:
         self.deadline = deadline  # by which the head, later the body, must have come
         self.awaits_head = True
         self.is_late = False
-        self.is_surplus = False  # It is over max_connections, and only told so.
+        self.is_surplus = False  # There was no regular place for it.
         self.client: Client | None = None
-
-
-class _RequestThread(threading.Thread):
-    """A request's own thread, which touches two pages of its stack and not three.
-
-    In CPython a call by way of Thread(target=...) or of a class uses the C stack, and
-    a call of a plain function does not. This saves 4 kB of 24 per idle stream.
-    """
-
-    def __init__(self, server: SSEServer, request: Any, client_address: Any) -> None:
-        super().__init__(daemon=server.daemon_threads)
-        self._arguments = server, request, client_address
-
-    def run(self) -> None:
-        server, request, client_address = self._arguments
-        server.process_request_thread(request, client_address)
 
 
 class SSEServer(ThreadingHTTPServer):
@@ -2032,7 +2069,7 @@ class SSEServer(ThreadingHTTPServer):
         if self._io_thread is not None:
             self._io_thread.stop()
 
-    # What socketserver calls, in this order.
+    # What socketserver calls.
 
     def server_bind(self) -> None:
         """Bind the socket. HTTPServer would look up the host's name, which may hang."""
@@ -2116,29 +2153,35 @@ class SSEServer(ThreadingHTTPServer):
     def _admit(self, request: socket.socket, thread: threading.Thread) -> bool:
         """Find a place for a new connection; False if there is none (locked).
 
-        When all places are taken, the connection whose head has been awaited longest
-        gives way. Otherwise some who connect and say nothing could keep all out.
+        There are max_connections regular places, and some surplus ones, whose requests
+        are only told to come back. When all of a kind are taken, the connection whose
+        head has been awaited longest gives way. Otherwise a few who connect and say
+        nothing could keep all others out.
         """
         connection = _Connection(thread, time.monotonic() + self.head_timeout)
         regular = len(self._connections) - self._surplus
-        if self._is_closing:
-            return False
-        if regular >= self.max_connections and not self._dismiss(is_surplus=False):
+        if regular >= self.max_connections and not self._end_silent(is_surplus=False):
             connection.is_surplus = True
-            if self._surplus >= _MAX_SURPLUS and not self._dismiss(is_surplus=True):
+            if self._surplus >= _MAX_SURPLUS and not self._end_silent(is_surplus=True):
                 return False
-        if self._surplus >= 2 * _MAX_SURPLUS:  # Many are dismissed, but not yet gone.
+        # Those who give way need a moment to be gone.
+        if self._is_closing or self._surplus >= 2 * _MAX_SURPLUS:
             return False
-        self._surplus += connection.is_surplus
+        if connection.is_surplus:
+            self._surplus += 1
         self._connections[request] = connection
         return True
 
-    def _dismiss(self, is_surplus: bool) -> bool:
-        """Have the connection whose head is awaited longest give way (locked)."""
+    def _end_silent(self, is_surplus: bool) -> bool:
+        """End the connection whose head is awaited longest; False if none is (locked).
+
+        Until it is gone it counts as a surplus one.
+        """
         for request, connection in self._connections.items():
             if connection.awaits_head and connection.is_surplus is is_surplus:
-                self._surplus += not is_surplus
-                connection.is_surplus = True
+                if not is_surplus:
+                    connection.is_surplus = True
+                    self._surplus += 1
                 connection.awaits_head = False
                 connection.is_late = True
                 _shut_reading(request)
@@ -2173,27 +2216,41 @@ class SSEServer(ThreadingHTTPServer):
             client.close()
         return True
 
-    def _check_deadlines(self, now: float) -> float:
-        """Do what is due; return when something will be due next (I/O thread)."""
-        next_due = inf
-        clients = []
+    def _check_deadlines(self, now: float) -> None:
+        """Do what is due at `now`; the I/O thread calls this several times a second."""
         with self._lock:
-            for request, connection in self._connections.items():
-                if connection.client is not None:
-                    clients.append(connection.client)
-                elif connection.deadline <= now:
-                    connection.is_late = True
-                    connection.deadline = inf
-                    _shut_reading(request)  # This wakes the thread that reads.
-                else:
-                    next_due = min(next_due, connection.deadline)
-        for client in clients:
-            due = _IOThread.guard(client, client._check_deadline, now)
-            next_due = min(next_due, due)
-        return next_due
+            connections = list(self._connections.items())
+        for request, connection in connections:
+            if connection.client is not None:
+                _take_step(connection.client, connection.client._check_deadline, now)
+            else:
+                self._check_late(request, connection, now)
+
+    def _check_late(
+        self, request: socket.socket, connection: _Connection, now: float
+    ) -> None:
+        """End the reading of a head or a body that is late."""
+        with self._lock:
+            if connection.deadline <= now:
+                connection.deadline = inf
+                connection.is_late = True
+                _shut_reading(request)  # This wakes the thread that reads.
 
 
-_MAX_SURPLUS = 64  # connections over max_connections that are told to come back
+class _RequestThread(threading.Thread):
+    """A request's own thread, which touches two pages of its stack and not three.
+
+    In CPython a call by way of Thread(target=...) or of a class uses the C stack, and
+    a call of a plain function does not. This saves 4 kB of 24 per idle stream.
+    """
+
+    def __init__(self, server: SSEServer, request: Any, client_address: Any) -> None:
+        super().__init__(daemon=server.daemon_threads)
+        self._arguments = server, request, client_address
+
+    def run(self) -> None:
+        server, request, client_address = self._arguments
+        server.process_request_thread(request, client_address)
 
 
 def _set_tcp_option(connection: socket.socket, name: str, value: int) -> None:
@@ -2251,6 +2308,8 @@ def _stopped_by_signals(server: SSEServer) -> Iterator[None]:
 
 
 # --- 7. The command line ----------------------------------------------------------
+
+_OTHER_DESCRIPTORS = 128  # surplus connections, and what Python and the server open
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -2368,8 +2427,6 @@ def _raise_descriptor_limit(needed: int) -> None:
         with contextlib.suppress(OSError, OverflowError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
-
-_OTHER_DESCRIPTORS = 128  # surplus connections, and what Python and the server open
 
 if __name__ == "__main__":
     main()
