@@ -2,11 +2,11 @@
 r"""Server-sent events on Python's own http.server: a reference to run, paste and read.
 
     python sse_ref.py
-    curl http://localhost:8080            # prints okay, and the server closes
+    curl http://localhost:8080            # prints okay, and the connection closes
     curl -N http://localhost:8080/sse     # prints data: hi there!, and stays open
 
 An event stream is an HTTP response that does not end. A browser reads it with
-`new EventSource(url)`. Without this module it takes ten lines:
+`new EventSource(url)`. With http.server alone it takes ten lines:
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
@@ -38,16 +38,18 @@ The life of a stream, and the thread that takes each step:
     ----                                 ------                           ------
     accept, start a thread               SSEServer.process_request        accepting
     read the head                        SSERequestHandler._read_head     request's own
-    check Host and Origin, find do_GET   SSERequestHandler._call_method   request's own
-    check the user, make the Client      SSERequestHandler.serve_stream   request's own
+    check the Host, find do_GET          SSERequestHandler._call_method   request's own
+    check the Origin and the user        SSERequestHandler.serve_stream   request's own
     run the program's part               on_connection                    request's own
     send the head and an event           Client.send                      any
     send one event to all subscribers    Channel._fan_out                 fan-out
-    send what the kernel did not take    Client._on_ready                 I/O
-    notice that the peer has left        Client._on_ready                 I/O
+    send what the kernel did not take    Client._advance                  I/O
+    send what a slow subscriber missed   Channel._catch_up                I/O
     send a keep-alive comment            Client._check_deadline           I/O
+    notice that the peer has left        Client._on_ready                 I/O
     end the stream                       Client.close                     any
-    run on_close callbacks, end          SSERequestHandler._hold_stream   request's own
+    run the on_close callbacks           Client._finish                   request's own
+    close the connection                 SSEServer.shutdown_request       request's own
 
 So besides the thread that accepts connections, which called `serve_forever` or `run`,
 there are three kinds of threads:
@@ -61,7 +63,16 @@ there are three kinds of threads:
 
 The server, each client, each channel and the I/O thread have one lock each. A thread
 that holds a client's lock may take the lock of a channel or of the I/O thread. No other
-two are held together, so no two threads can wait for each other.
+two of these locks are held together, so they cannot lead to a deadlock.
+
+These words have one meaning each:
+
+    frame    some whole lines: an event or a comment
+    piece    several frames that are written at once
+    chunk    a frame or a piece with its size in front, as HTTP/1.1 sends it
+    wire     bytes as they go to the kernel
+    backlog  wire that the kernel has not taken yet
+    place    the number of the last event that a channel has written to a subscriber
 
 "Standard" below means section 9.2 of HTML, https://html.spec.whatwg.org/#server-sent-events
 """
@@ -133,8 +144,8 @@ def encode_event(
     resets it. `retry` is the reconnection time in milliseconds.
 
     Raises TypeError if a field has another type. Raises ValueError if no field is
-    given, or if a reader would not get back what was given: a line break in `event` or
-    `id`, a NUL in `id`, a negative `retry`, a lone surrogate.
+    given, and for what a reader would not get back: a line break in `event` or `id`, a
+    NUL in `id`, a negative `retry`, a lone surrogate.
     """
     lines = []
     if event is not None:
@@ -170,7 +181,7 @@ def _lines(name: str, text: object) -> list[str]:
     if not isinstance(text, str):
         advice = "; json.dumps() turns other values into one" if name == "data" else ""
         raise TypeError(f"{name} must be str, not {type(text).__name__}{advice}")
-    # Splitting makes plain strings, also of a subclass that prints as something else.
+    # The parts are of type str, even if `text` is of a subclass with its own __str__.
     return _LINE_BREAK.split(text)
 
 
@@ -195,8 +206,8 @@ def _is_int(value: object) -> bool:
 def _encode_chunk(frames: bytes) -> bytes:
     """Return `frames` as one chunk of a chunked body (RFC 9112, 7.1).
 
-    The standard, 9.2.7, warns of chunking by a layer that does not know the timing of
-    the events. This layer does: what is written at once is one chunk.
+    The standard, 9.2.7, warns of layers that make chunks without knowing when events
+    come, because they delay them. Here what is written at once becomes one chunk.
     """
     return b"%x\r\n%b\r\n" % (len(frames), frames)
 
@@ -211,19 +222,22 @@ _KEEPALIVE = encode_comment("keep-alive")
 
 # The states of a Client, in their order. HEAD_PENDING and OPEN may lead to ENDED, too.
 #
-# state         entered by              send() then             what is still delivered
-# -----         ----------              -----------             -----------------------
-# HEAD_PENDING  serve_stream()          sends the head, too     -
-# OPEN          the first send, wait,   sends                   everything
-#               subscribe or close
-# DRAINING      close()                 raises BrokenPipeError  what was sent or was
-#                                                               published before close()
-# ENDED         _end(), when the FIN    raises BrokenPipeError  nothing
-#               is out or the peer has
-#               left
+# state         entered by                 send() then             still delivered
+# -----         ----------                 -----------             ---------------
+# HEAD_PENDING  serve_stream()             sends the head, too     -
+# OPEN          _write(): the first send,  sends                   everything
+#               comment, wait, subscribe
+#               or close; or the I/O
+#               thread after half a second
+# DRAINING      close()                    raises BrokenPipeError  what was sent or
+#                                                                  published before
+# ENDED         _end(): nothing is left    raises BrokenPipeError  what the kernel has,
+#               to send; the peer has                              but nothing if the
+#               left; or it is reset,                              stream was reset
+#               because it is too slow
 #
 # Client.closed is True in DRAINING and ENDED: nothing more can be sent. In HEAD_PENDING
-# on_connection may still raise a Refusal; then the next state is ENDED.
+# on_connection may still raise a Refusal; then _withdraw() leads to ENDED.
 _HEAD_PENDING = "head pending"
 _OPEN = "open"
 _DRAINING = "draining"
@@ -231,8 +245,8 @@ _ENDED = "ended"
 
 _READ = selectors.EVENT_READ
 _READ_AND_WRITE = selectors.EVENT_READ | selectors.EVENT_WRITE
-_SMALL_PIECE = 2**13  # bytes
-_LARGE_FRAME = 2**18
+_SMALL_PIECE = 2**13  # bytes; up to this size parts of the backlog are joined
+_LARGE_FRAME = 2**18  # bytes; from this size on a frame is not copied
 
 
 class Client:
@@ -266,7 +280,7 @@ class Client:
         self._own_thread = threading.get_ident()
         self._wakeup = _Wakeup()  # wakes that thread
 
-        # Guards writing to the socket, and all that follows.
+        # Guards writing to the socket, and changes of all that follows.
         self._lock = threading.RLock()
         self._state = _HEAD_PENDING
         self._head = head
@@ -283,7 +297,9 @@ class Client:
         self._has_last_chunk = False  # It was sent, or is in the backlog.
         self._subscriptions: dict[Channel, _Subscription] = {}
         self._has_resumed = False  # A channel with a history has used last_event_id.
-        self._interest = 0  # what the I/O thread watches the socket for; 0: nothing
+        # What the I/O thread watches the socket for: 0, _READ, or _READ_AND_WRITE
+        # while there is something that the socket must take first.
+        self._interest = 0
         self._received = 0  # bytes that the peer has sent on the open stream
         self._reset_reason = ""
         self._callbacks: list[Callable[[Client], object]] = []
@@ -331,7 +347,7 @@ class Client:
             raise RuntimeError("wait() is for the request's own thread")
         deadline = inf if timeout is None else time.monotonic() + timeout
         with self._lock:
-            self._write(b"")  # The head, if it is still pending.
+            self._send_head()
         self._sleep_until(lambda: self.closed, deadline)
         return self.closed
 
@@ -344,11 +360,12 @@ class Client:
         with self._lock:
             if self.closed:
                 return
-            self._write(b"")  # The head, if it is still pending.
+            self._send_head()
             if self._state is _ENDED:
                 return
             self._state = _DRAINING
             for channel, subscription in self._subscriptions.items():
+                # What is published later is not for this stream any more.
                 subscription.stop = channel._count
             self._advance()
         self._wakeup.set()
@@ -372,7 +389,8 @@ class Client:
     #                                               _advance -> _catch_up -> _write
     #
     # _write encodes: it adds the head and makes a chunk. _transmit takes bytes as they
-    # are. _advance does what comes next, now that the socket takes more.
+    # are. _advance does what comes next, now that the socket takes more. _send_head,
+    # keep-alive comments and the first frame for a subscriber go through _write, too.
 
     def _send(self, frames: bytes) -> None:
         is_own_thread = threading.get_ident() == self._own_thread
@@ -386,6 +404,8 @@ class Client:
                 if self.closed:
                     raise BrokenPipeError(errno.EPIPE, "the event stream has ended")
                 self._write(frames)
+                if self._state is _ENDED:  # The peer has left; the kernel said so.
+                    raise BrokenPipeError(errno.EPIPE, "the event stream has ended")
                 target = self._drained + self._backlog_size
                 if is_own_thread:
                     self._awaited = target
@@ -400,16 +420,23 @@ class Client:
             if self._drained < target:
                 raise BrokenPipeError(errno.EPIPE, "the event stream has ended")
 
+    def _send_head(self) -> None:
+        """Send the head if it is still pending (locked)."""
+        if self._state is _HEAD_PENDING:
+            self._write(b"")
+
     def _write(self, frames: bytes) -> None:
         """Encode and transmit `frames`, after the head if that is pending (locked)."""
         head = b""
         if self._state is _HEAD_PENDING:
             self._state = _OPEN
             head, self._head = self._head, b""
-            if self._server.retry is not None:
-                frames = b"retry: %d\n%b" % (self._server.retry, frames)
-            # Something must come: proxies and browsers wait for the body to begin.
-            frames = frames or _FIRST_COMMENT
+            retry = self._server.retry
+            if retry is not None:
+                frames = b"retry: %d\n%b" % (retry, frames)
+            elif not frames:
+                # Proxies and browsers wait for the body to begin.
+                frames = _FIRST_COMMENT
         if not frames:
             return
         if not self._is_chunked:
@@ -504,6 +531,7 @@ class Client:
         """
         if self._state is _ENDED:
             return
+        self._reset_reason = reset_reason
         self._state = _ENDED
         self._backlog.clear()
         self._backlog_size = 0
@@ -511,7 +539,6 @@ class Client:
             channel._remove(subscription)
         self._subscriptions.clear()
         self._io_thread.remove(self)
-        self._reset_reason = reset_reason
         with contextlib.suppress(OSError):
             if reset_reason:
                 _close_with_reset(self._socket)
@@ -549,7 +576,7 @@ class Client:
             silence = now - self._last_write
             if self._state is _HEAD_PENDING:
                 if silence >= self.head_delay:
-                    self._write(b"")
+                    self._send_head()
             elif self._interest == _READ_AND_WRITE:  # It waits for its reader.
                 if silence >= self.stall_timeout:
                     self._end("it has stopped reading")
@@ -569,7 +596,7 @@ class Client:
     def _sleep_until(
         self, condition: Callable[[], bool], deadline: float = inf
     ) -> None:
-        """Sleep until `condition()` is true; who makes it true sets the wake-up."""
+        """Sleep until `condition()` is true. What makes it true must set `_wakeup`."""
         while not condition():
             seconds = deadline - time.monotonic()
             if seconds <= 0:
@@ -626,7 +653,7 @@ class _Event(NamedTuple):
 
     id: str
     frame: bytes
-    end: int  # bytes published on this channel, up to the end of this event
+    total: int  # bytes published on the channel, this event included
 
 
 class _Subscription:
@@ -637,12 +664,12 @@ class _Subscription:
     def __init__(self, client: Client, place: int, last_id: str) -> None:
         self.client = client
         self.place = place  # the number of the last event that was written to it
-        self.last_id = last_id  # the ID of that event
-        self.stop: int | None = None  # after this event the stream ends
+        self.last_id = last_id  # the last ID that the client knows
+        self.stop: int | None = None  # the number of the event after which it ends
 
 
 class Channel:
-    """Events for all who subscribe. Who reconnects gets what it has missed.
+    """Events for all subscribers. A client that reconnects gets what it missed.
 
     >>> news = Channel()
     >>> server = SSEServer(("127.0.0.1", 8080), news.subscribe)
@@ -693,8 +720,8 @@ class Channel:
         self._gap_event = gap_event
         # IDs from an earlier start of the program must not be taken for ours.
         self._epoch = secrets.token_hex(4)
-        self._published = _Wakeup()  # wakes the fan-out thread
-        self._all_taken = _Wakeup()  # wakes a publisher that waits for it
+        self._fan_out_wakeup = _Wakeup()
+        self._publisher_wakeup = _Wakeup()  # for one that waits for the fan-out
 
         # Guards all that follows.
         self._lock = threading.RLock()
@@ -744,7 +771,7 @@ class Channel:
             _release_if_owned(self._lock)
             raise
         finally:
-            self._published.set()
+            self._fan_out_wakeup.set()
 
     def subscribe(
         self, client: Client, *, after: str | int | None = None, last: int = 0
@@ -810,7 +837,7 @@ class Channel:
         if end_streams:
             for client in self.clients:
                 client.close()
-        self._published.set()
+        self._fan_out_wakeup.set()
         if fan_out_thread is not None:
             fan_out_thread.join()
 
@@ -821,8 +848,9 @@ class Channel:
     ) -> str:
         """Add an event to the log and return its ID.
 
-        An exception in the middle, say by Ctrl-C, leaves only entries that the next
-        event overwrites, or that _number_of() sees through.
+        An exception in the middle, say by Ctrl-C, does no harm. Before the event is
+        committed it leaves only entries that the next event overwrites, and perhaps an
+        ID that belongs to no event, which _number_of() finds out.
         """
         with self._lock:
             if self._closed:
@@ -834,12 +862,12 @@ class Channel:
                 id_ = f"{self._epoch}-{number}"
             frame = encode_event(data, event=event, id=id_)
             text = "" if id_ is None else _id_text(id_)
-            end = self._log[self._count].end + len(frame)
-            self._log[number] = _Event(text, frame, end)
+            total = self._log[self._count].total + len(frame)
+            self._log[number] = _Event(text, frame, total)
             if is_named and text and self._history:
                 self._numbers[text] = number
             self._count = number  # This commits the event.
-            self._count_size = end
+            self._count_size = total
             self._trim()
             return text
 
@@ -852,11 +880,12 @@ class Channel:
             limit = min(limit, self._taken)
         while self._first <= min(limit, self._count - self._history):
             oldest = self._log[self._first]
-            if newest.end - oldest.end < self.min_log_size:
+            if newest.total - oldest.total < self.min_log_size:
                 return
             if self._numbers.get(oldest.id) == self._first:
                 del self._numbers[oldest.id]
-            # In this order, an exception between the two does not tear the log.
+            # In this order: an exception between the two must not leave _first at an
+            # event that is gone.
             self._first += 1
             del self._log[self._first - 1]
 
@@ -887,7 +916,7 @@ class Channel:
             and self._log[number].id == id_
         ):
             return number
-        if number >= 0:  # The publish() that named it last was interrupted.
+        if number >= 0:  # It is known, but a publish() that used it was interrupted.
             numbers = range(self._count, self._first - 1, -1)
             return next((n for n in numbers if self._log[n].id == id_), -1)
         epoch, _, digits = id_.rpartition("-")
@@ -926,12 +955,13 @@ class Channel:
         frames = []
         with self._lock:
             if subscription.stop is not None:
+                # The stream is draining; then the fan-out thread leaves it alone.
                 limit = subscription.stop
             elif self._fan_out_thread is not None:
                 limit = self._taken  # The rest is the fan-out thread's to write.
             else:
                 limit = self._count
-            # Has the log dropped events that come after its place?
+            # Has the log dropped events that the subscriber has missed?
             is_overtaken = place < min(self._first - 1, limit)
             if is_overtaken:
                 frames.append(self._gap(subscription.last_id))
@@ -949,13 +979,13 @@ class Channel:
 
     def _remove(self, subscription: _Subscription) -> None:
         """Forget a subscriber; the caller holds the client's lock."""
-        # The fan-out thread may still have it in hand. At this place nothing is due.
+        # The fan-out thread may be about to write to it. At this place nothing is due.
         subscription.place = sys.maxsize
         with self._lock:
             self._subscriptions.pop(subscription, None)
             is_last = not self._subscriptions
         if is_last:
-            self._published.set()  # The fan-out thread ends.
+            self._fan_out_wakeup.set()  # The fan-out thread ends.
 
     def _start_fan_out(self) -> None:
         """Start the fan-out thread for the first subscriber (locked)."""
@@ -964,7 +994,7 @@ class Channel:
             thread.start()  # It waits for the lock, so it finds the subscriber.
             self._fan_out_thread = thread
             self._taken = self._count
-            self._taken_size = self._log[self._count].end
+            self._taken_size = self._log[self._count].total
 
     def _wait_for_fan_out(self) -> None:
         """Wait while too much is published that the fan-out thread has not taken.
@@ -976,8 +1006,8 @@ class Channel:
             thread = self._fan_out_thread
             if thread is None or thread is threading.current_thread():
                 return
-            self._all_taken.wait(1)
-        self._all_taken.set()  # Another publisher may be waiting as well.
+            self._publisher_wakeup.wait(1)
+        self._publisher_wakeup.set()  # Another publisher may be waiting as well.
 
     def _run(self) -> None:
         """Deliver what is published; the fan-out thread runs this."""
@@ -993,18 +1023,20 @@ class Channel:
         """Write the next piece to all who are not behind; False if this was the end."""
         with self._lock:
             begin = self._taken
-            frames, end = self._frames_after(begin, self._count)
-            self._taken = end
-            self._taken_size = self._log[end].end
-            last_id = self._log[end].id
             subscriptions = list(self._subscriptions)
+            frames, end = self._frames_after(begin, self._count)
+            last_id = self._log[end].id
+            # From here on _catch_up() may write this piece, too. A subscriber gets it
+            # from whoever finds its place at `begin`.
+            self._taken = end
+            self._taken_size = self._log[end].total
             if not subscriptions or (self._closed and not frames):
                 self._fan_out_thread = None
-                self._all_taken.set()
+                self._publisher_wakeup.set()
                 return False
         if not frames:
-            self._all_taken.set()
-            self._published.wait()
+            self._publisher_wakeup.set()
+            self._fan_out_wakeup.wait()
             return True
         try:
             plain = b"".join(frames)
@@ -1027,15 +1059,16 @@ class Channel:
                         client._watch_for_writing()
             except Exception:
                 logger.exception("%s: fan-out failed", client.address)
-                client._reset("of an error in the server")
+                client._reset("because of an error in the server")
         return True
 
 
-# What threads sleep on, and what exceptions of signal handlers leave behind.
+# The two below are needed because signal handlers may raise exceptions anywhere in the
+# main thread, for example KeyboardInterrupt.
 
 
 class _Wakeup:
-    """Lets a thread sleep until another one calls `set()`; an earlier call counts, too.
+    """Lets a thread sleep until another one calls `set()`, or has called it before.
 
     The sleeper tries to acquire a lock that is held already, and `set()` releases it.
     threading.Event cannot be used: it runs Python code while it holds a lock of its
@@ -1196,7 +1229,7 @@ class SSERequestHandler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True  # An event must not wait for the one before it.
     wfile: Any
-    # May the peer have sent what nobody has read? Yes, until the head says otherwise.
+    # Whether the peer may have sent what nobody has read; after the head it is known.
     _has_unread_input = True
 
     body_timeout = 30.0
@@ -1252,13 +1285,14 @@ class SSERequestHandler(BaseHTTPRequestHandler):
         # needed, and there are many streams.
         self.rfile.detach()
         self.rfile = self.wfile = self._connection_io
+        self._connection_io.has_written = True  # An answer is begun.
         self.connection.setblocking(False)
         client = Client(self, head)
-        if self.server._add_stream(self._record, client):
+        if self.server._add_stream(self._slot, client):
             self.log_request(HTTPStatus.OK)
             self._hold_stream(client, on_connection or self.server.on_connection)
         else:
-            self.connection.setblocking(True)
+            self._take_back_connection()
             self._refuse_as_full()
 
     def _hold_stream(
@@ -1271,7 +1305,7 @@ class SSERequestHandler(BaseHTTPRequestHandler):
             client.wait()
         except BaseException as error:
             if isinstance(error, Refusal) and client._withdraw():
-                self.connection.setblocking(True)
+                self._take_back_connection()
                 raise
             # BrokenPipeError is how send() says that the stream has ended.
             is_expected = isinstance(error, (BrokenPipeError, Refusal))
@@ -1282,6 +1316,11 @@ class SSERequestHandler(BaseHTTPRequestHandler):
             # a stream whose on_connection failed ends in good order.
             client._finish()
             self._has_unread_input = self._has_unread_input or client._received > 0
+
+    def _take_back_connection(self) -> None:
+        """Make it possible to answer in another way: the stream has sent nothing."""
+        self.connection.setblocking(True)
+        self._connection_io.has_written = False
 
     def read_body(self, max_size: int = 2**20) -> bytes:
         """Return the whole body of the request, at most `max_size` bytes.
@@ -1301,9 +1340,9 @@ class SSERequestHandler(BaseHTTPRequestHandler):
         if len(digits) > len(str(max_size)) or int(digits) > max_size:
             raise _refusal(HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
         size = int(digits)
-        self.server._set_deadline(self._record, self.body_timeout)
+        self.server._set_deadline(self._slot, self.body_timeout)
         body = self.rfile.read(size)
-        is_late = self.server._end_deadline(self._record)
+        is_late = self.server._end_deadline(self._slot)
         if len(body) == size:
             self._has_unread_input = False
             return body
@@ -1360,8 +1399,8 @@ class SSERequestHandler(BaseHTTPRequestHandler):
             if len(self.headers) >= _MAX_FIELD_LINES:
                 raise _refusal(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
             self.headers[field[1]] = field[2].strip(" \t")
-        # A surplus connection is not too late to be told that the server is full.
-        if self.server._end_deadline(self._record) and not self._record.is_surplus:
+        # One that had to give way is told that the server is full; see _admit.
+        if self.server._end_deadline(self._slot) and not self._slot.is_surplus:
             raise _refusal(HTTPStatus.REQUEST_TIMEOUT)
         self._has_unread_input = (
             "Content-Length" in self.headers or "Transfer-Encoding" in self.headers
@@ -1374,8 +1413,8 @@ class SSERequestHandler(BaseHTTPRequestHandler):
         if len(line) > room:
             raise _refusal(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
         if not line.endswith(b"\n"):  # The peer, or the deadline, has ended it.
-            is_late = self.server._end_deadline(self._record)
-            has_to_give_way = is_late and self._record.is_surplus
+            is_late = self.server._end_deadline(self._slot)
+            has_to_give_way = is_late and self._slot.is_surplus
             if has_to_give_way or not (line or self.requestline):
                 return ""
             if is_late:
@@ -1405,7 +1444,7 @@ class SSERequestHandler(BaseHTTPRequestHandler):
     def _call_method(self) -> None:
         """Check who asks, then call the method that serves the request."""
         _check_host(self)
-        if self._record.is_surplus:
+        if self._slot.is_surplus:
             self._refuse_as_full()
             return
         if self.command not in _SAFE_METHODS:
@@ -1542,7 +1581,7 @@ class SSERequestHandler(BaseHTTPRequestHandler):
     def setup(self) -> None:
         """Prepare the handler; http.server calls this first."""
         super().setup()
-        self._record = self.server._connections[self.request]
+        self._slot = self.server._slots[self.request]
         self._connection_io: Any = _ConnectionIO(self.connection)
         self.rfile.close()
         self.rfile = io.BufferedReader(self._connection_io)
@@ -1568,7 +1607,7 @@ class SSERequestHandler(BaseHTTPRequestHandler):
                     break
 
     def handle_expect_100(self) -> bool:
-        """Ask for the body. Without this, end_headers would add to the 100."""
+        """Ask for the body. Without this, the 100 would get an answer's headers."""
         self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         self._connection_io.has_written = False  # That was not yet the answer.
         return True
@@ -1685,7 +1724,7 @@ def _check_origin(handler: SSERequestHandler) -> None:
     else:
         is_own = True
     if not is_own:
-        who = "a page elsewhere" if origin is None else f"Origin {origin!a}"
+        who = "this page's origin" if origin is None else f"Origin {origin!a}"
         reason = f"{who} is not in allowed_origins (--allow-origin)\n"
         raise Refusal(HTTPStatus.FORBIDDEN, reason)
 
@@ -1911,10 +1950,10 @@ def _take_step(client: Client, step: Callable[[Any], None], argument: Any) -> No
         step(argument)
     except Exception:  # MemoryError, for example.
         logger.exception("%s: I/O failed", client.address)
-        client._reset("of an error in the server")
+        client._reset("because of an error in the server")
 
 
-class _Connection:
+class _Slot:
     """What the server knows of a connection; guarded by the server's lock."""
 
     __slots__ = ("awaits_head", "client", "deadline", "is_late", "is_surplus", "thread")
@@ -2000,9 +2039,9 @@ class SSEServer(ThreadingHTTPServer):
         self.allowed_hosts = frozenset(map(_allowed_host, allowed_hosts))
         self.allowed_origins = frozenset(map(_allowed_origin, allowed_origins))
         self._check_options(RequestHandlerClass)
-        # Guards all that follows.
+        # Guards the next four.
         self._lock = threading.Lock()
-        self._connections: dict[socket.socket, _Connection] = {}  # the oldest first
+        self._slots: dict[socket.socket, _Slot] = {}  # the oldest first
         self._surplus = 0  # how many of them are over max_connections
         self._io_thread: _IOThread | None = None  # of the process that serves
         self._is_closing = False
@@ -2031,14 +2070,15 @@ class SSEServer(ThreadingHTTPServer):
     def clients(self) -> frozenset[Client]:
         """The streams that are open at this moment."""
         with self._lock:
-            clients = [each.client for each in self._connections.values()]
+            clients = [each.client for each in self._slots.values()]
         return frozenset(client for client in clients if client and not client.closed)
 
     def run(self) -> None:
         """Serve until SIGINT or SIGTERM, then end every stream in good order.
 
-        After the first of these signals both are ignored, so that a second one does not
-        interrupt the end. Only the main thread may call this; ValueError otherwise.
+        From the first of these signals on both are ignored, until the program ends or
+        sets handlers itself: a second one must not interrupt the end. Only the main
+        thread may call this; ValueError otherwise.
         """
         with self, _stopped_by_signals(self):
             self.serve_forever(poll_interval=0.1)
@@ -2054,17 +2094,17 @@ class SSEServer(ThreadingHTTPServer):
         begun = time.monotonic()
         with self._lock:
             self._is_closing = True
-            connections = dict(self._connections)
-        for request, connection in connections.items():
-            if connection.client is not None:
-                connection.client.close()
+            slots = dict(self._slots)
+        for request, slot in slots.items():
+            if slot.client is not None:
+                slot.client.close()
             else:
                 _shut_reading(request)  # No more of a head, or of a body.
-        threads = [connection.thread for connection in connections.values()]
+        threads = [slot.thread for slot in slots.values()]
         _join(threads, begun + self.closing_grace)
-        for connection in connections.values():
-            if connection.client is not None:
-                connection.client._reset("the server is closing")
+        for slot in slots.values():
+            if slot.client is not None:
+                slot.client._reset("the server is closing")
         _join(threads, begun + self.closing_timeout)
         if self._io_thread is not None:
             self._io_thread.stop()
@@ -2129,8 +2169,8 @@ class SSEServer(ThreadingHTTPServer):
         """Close the request's connection, and forget it."""
         super().shutdown_request(request)
         with self._lock:
-            connection = self._connections.pop(request, None)
-            if connection is not None and connection.is_surplus:
+            slot = self._slots.pop(request, None)
+            if slot is not None and slot.is_surplus:
                 self._surplus -= 1
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -2158,18 +2198,18 @@ class SSEServer(ThreadingHTTPServer):
         head has been awaited longest gives way. Otherwise a few who connect and say
         nothing could keep all others out.
         """
-        connection = _Connection(thread, time.monotonic() + self.head_timeout)
-        regular = len(self._connections) - self._surplus
+        slot = _Slot(thread, time.monotonic() + self.head_timeout)
+        regular = len(self._slots) - self._surplus
         if regular >= self.max_connections and not self._end_silent(is_surplus=False):
-            connection.is_surplus = True
+            slot.is_surplus = True
             if self._surplus >= _MAX_SURPLUS and not self._end_silent(is_surplus=True):
                 return False
         # Those who give way need a moment to be gone.
         if self._is_closing or self._surplus >= 2 * _MAX_SURPLUS:
             return False
-        if connection.is_surplus:
+        if slot.is_surplus:
             self._surplus += 1
-        self._connections[request] = connection
+        self._slots[request] = slot
         return True
 
     def _end_silent(self, is_surplus: bool) -> bool:
@@ -2177,30 +2217,30 @@ class SSEServer(ThreadingHTTPServer):
 
         Until it is gone it counts as a surplus one.
         """
-        for request, connection in self._connections.items():
-            if connection.awaits_head and connection.is_surplus is is_surplus:
+        for request, slot in self._slots.items():
+            if slot.awaits_head and slot.is_surplus is is_surplus:
                 if not is_surplus:
-                    connection.is_surplus = True
+                    slot.is_surplus = True
                     self._surplus += 1
-                connection.awaits_head = False
-                connection.is_late = True
+                slot.awaits_head = False
+                slot.is_late = True
                 _shut_reading(request)
                 return True
         return False
 
-    def _set_deadline(self, connection: _Connection, seconds: float) -> None:
+    def _set_deadline(self, slot: _Slot, seconds: float) -> None:
         """Let the I/O thread end what the request's thread reads after `seconds`."""
         with self._lock:
-            connection.deadline = time.monotonic() + seconds
+            slot.deadline = time.monotonic() + seconds
 
-    def _end_deadline(self, connection: _Connection) -> bool:
+    def _end_deadline(self, slot: _Slot) -> bool:
         """Say that nothing is awaited any more; tell whether it was too late."""
         with self._lock:
-            connection.deadline = inf
-            connection.awaits_head = False
-            return connection.is_late
+            slot.deadline = inf
+            slot.awaits_head = False
+            return slot.is_late
 
-    def _add_stream(self, connection: _Connection, client: Client) -> bool:
+    def _add_stream(self, slot: _Slot, client: Client) -> bool:
         """Have the I/O thread watch a stream; False if it cannot."""
         # What is sent must be acknowledged in time, or the kernel ends the connection;
         # by itself it would take some 15 minutes. Not set on other connections: who
@@ -2210,7 +2250,7 @@ class SSEServer(ThreadingHTTPServer):
         if not client._io_thread.add(client):
             return False
         with self._lock:
-            connection.client = client
+            slot.client = client
             is_closing = self._is_closing
         if is_closing:  # server_close() has not seen this one.
             client.close()
@@ -2219,21 +2259,19 @@ class SSEServer(ThreadingHTTPServer):
     def _check_deadlines(self, now: float) -> None:
         """Do what is due at `now`; the I/O thread calls this several times a second."""
         with self._lock:
-            connections = list(self._connections.items())
-        for request, connection in connections:
-            if connection.client is not None:
-                _take_step(connection.client, connection.client._check_deadline, now)
+            slots = list(self._slots.items())
+        for request, slot in slots:
+            if slot.client is not None:
+                _take_step(slot.client, slot.client._check_deadline, now)
             else:
-                self._check_late(request, connection, now)
+                self._check_late(request, slot, now)
 
-    def _check_late(
-        self, request: socket.socket, connection: _Connection, now: float
-    ) -> None:
+    def _check_late(self, request: socket.socket, slot: _Slot, now: float) -> None:
         """End the reading of a head or a body that is late."""
         with self._lock:
-            if connection.deadline <= now:
-                connection.deadline = inf
-                connection.is_late = True
+            if slot.deadline <= now:
+                slot.deadline = inf
+                slot.is_late = True
                 _shut_reading(request)  # This wakes the thread that reads.
 
 
@@ -2254,7 +2292,7 @@ class _RequestThread(threading.Thread):
 
 
 def _set_tcp_option(connection: socket.socket, name: str, value: int) -> None:
-    """Set a TCP option if the system has it: Windows and macOS do not have each."""
+    """Set a TCP option if the system has it. Windows and macOS lack some of them."""
     if hasattr(socket, name):
         with contextlib.suppress(OSError):  # The peer may have gone already (macOS).
             connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
@@ -2323,6 +2361,8 @@ def main(arguments: list[str] | None = None) -> None:
     # then wait this long for the interpreter, by default ten times as long.
     sys.setswitchinterval(0.0005)
     lines = Channel() if options.source == "-" else None
+    if lines:
+        lines.min_log_size = 2**23  # A file may come faster than a reader takes it.
     try:
         server = _make_server(options, lines.subscribe if lines else _say_hi)
     except (TypeError, ValueError) as error:
