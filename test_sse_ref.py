@@ -3404,6 +3404,12 @@ class ASlowReader(StreamCase):
         client.close()
         peer.finish()
 
+    def test_gets_large_and_small_frames_in_the_order_of_sending(self):
+        client, peer = self.open(max_backlog=2**30)
+        for number in range(200):
+            client.send(big(number) if number % 10 == 0 else f"{number} ")
+        self.assert_gets(peer, range(200))
+
     def test_slows_its_own_thread_to_its_pace(self):
         done = threading.Event()
 
@@ -3691,6 +3697,27 @@ class AChannel(ChannelCase):
         self.assertLessEqual(max(sizes), 2**18)
         self.assertLess(len(sizes), 10)
 
+    def test_keeps_all_that_its_fan_out_has_not_taken_yet(self):
+        channel = self.channel(history=2)
+        server = self.serve(channel.subscribe)
+        free = self.hold_up(server, channel)
+        (peer,) = self.subscribe(server, channel, 1)
+        for number in range(20):
+            channel.publish(big(number))
+        free.set()
+        self.assert_gets(peer, range(20))
+
+    def test_reaches_subscribers_by_http_1_0_without_chunks(self):
+        channel = self.channel(history=0)
+        server = self.serve(channel.subscribe)
+        peer = self.connect(server, version="HTTP/1.0")
+        wait_until(lambda: channel.clients)
+        channel.publish("a")
+        while (line := peer.file.readline()) != b"data: a\n":
+            self.assertRegex(line, rb"^(: ok)?\n$")
+        self.client_of(server, peer).close()
+        self.assertEqual(peer.read_body(), b"\n")
+
     def test_gives_each_what_was_published_after_it_came(self):
         for version in ("HTTP/1.1", "HTTP/1.0"):
             with self.subTest(version):
@@ -3728,7 +3755,9 @@ class AChannel(ChannelCase):
     def test_counts_only_open_streams_as_its_clients(self):
         channel = self.channel()
         self.subscribers(channel, 2)
-        next(iter(channel.clients)).close()
+        client = next(iter(channel.clients))
+        client.send("x" * 8_000_000)  # which still has to get out
+        client.close()
         self.assertEqual(len(channel.clients), 1)
 
     def test_sends_no_more_to_a_client_that_was_unsubscribed(self):
@@ -3768,9 +3797,9 @@ class AChannel(ChannelCase):
         one, two = self.channel(), self.channel(history=0)
 
         def on_connection(client):
-            one.subscribe(client)
             two.subscribe(client)
-            one.subscribe(client)  # again changes nothing
+            one.subscribe(client)
+            two.subscribe(client)  # again changes nothing
 
         server = self.serve(on_connection, max_backlog=2**30)
         peer = self.connect(server)
@@ -3936,57 +3965,6 @@ class AChannel(ChannelCase):
             victim.finish()
         self.assertEqual(victim.reader.events, [])
 
-    @unittest.skipUnless(hasattr(signal, "setitimer"), "needs setitimer")
-    @unittest.skipIf(
-        sys.version_info < (3, 10) and sys.implementation.name == "cpython",
-        "these Pythons can interrupt the very end of a with statement",
-    )
-    def test_survives_exceptions_in_the_middle_of_publish(self):
-        channel = Channel(history=10**6)
-        server = self.serve(channel.subscribe)
-        (peer,) = self.subscribe(server, channel, 1)
-        attempts, published = 0, []
-        dice = random.Random(7)
-
-        def interrupt(*_):
-            raise KeyboardInterrupt
-
-        # Otherwise the alarm may come while old threads are freed, and be lost there.
-        gc.collect()
-        previous = signal.signal(signal.SIGALRM, interrupt)
-        try:
-            for _ in range(300):
-                with contextlib.suppress(KeyboardInterrupt):
-                    signal.setitimer(signal.ITIMER_REAL, dice.uniform(5e-5, 5e-4))
-                    for _ in range(
-                        5000
-                    ):  # An alarm may be lost in a weakref's callback.
-                        attempts += 1
-                        number = attempts
-                        channel.publish(str(number))
-                        published.append(number)
-        finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, previous)
-        last = threading.Thread(target=channel.publish, args=("last",), daemon=True)
-        last.start()
-        last.join(PATIENCE / 5)
-        self.assertFalse(last.is_alive(), "publish never returns")
-        self.addCleanup(channel.close)
-        self.check_interrupted(peer, published)
-        epoch = channel.publish("x").rpartition("-")[0]
-        late = self.connect(server, Last_Event_ID=f"{epoch}-0")
-        self.check_interrupted(late, published)
-
-    def check_interrupted(self, peer, published):
-        """All ids must have come, and all that publish has returned from, once."""
-        events = self.read_up_to(peer, "last")
-        ids = [number_of(id_) for _, _, id_ in events]
-        self.assertEqual(ids, list(range(1, len(ids) + 1)))
-        numbers = [int(data) for _, data, _ in events[:-1]]
-        self.assertEqual(numbers, sorted(set(numbers)))
-        self.assertLessEqual(set(published), set(numbers))
-
 
 class ASlowSubscriber(ChannelCase):
     """A channel's history is the buffer of its slow readers."""
@@ -4017,16 +3995,18 @@ class ASlowSubscriber(ChannelCase):
     @unittest.skipUnless(tracemalloc, "needs tracemalloc")
     def test_costs_little_memory_beside_the_history(self):
         channel = self.channel()
-        healthy, *_ = self.subscribers(channel, 16)
+        healthy, *slow = self.subscribers(channel, 11)
         tracemalloc.start()
         self.addCleanup(tracemalloc.stop)
-        for number in range(40):  # 4 MB, which 16 could have had each for itself
+        for number in range(30):  # 3 MB, which each could have had for itself
             channel.publish(big(number))
             self.assert_gets(healthy, [number])
-        channel.publish("x" * 4_000_000)  # and one that must be shared, not copied
+        channel.publish("x" * 4_000_000)  # and this one must be shared, not copied
         self.assertEqual(len(healthy.data()), 4_000_000)
+        for peer in slow:  # up to the last one, which is in their backlogs then
+            self.assert_gets(peer, range(30))
         self.assertLess(tracemalloc.get_traced_memory()[0], 25_000_000)
-        self.assertEqual(len(channel.clients), 16)
+        self.assertEqual(len(channel.clients), 11)
 
     def test_is_told_of_a_gap_once_the_history_has_overtaken_it(self):
         channel = self.channel(history=20)
@@ -4079,6 +4059,18 @@ class ASlowSubscriber(ChannelCase):
                 channel.publish(big(number))
             wait_until(lambda: not channel.clients)
         self.assert_cut_off(peer)
+
+    def test_gets_what_was_published_before_its_close_and_no_more(self):
+        channel = self.channel()
+        (peer,) = self.subscribers(channel, 1)
+        (client,) = channel.clients
+        for number in range(30):
+            channel.publish(big(number))
+        client.close()
+        for number in range(30, 60):
+            channel.publish(big(number))
+        self.assert_gets(peer, range(30))
+        self.assertEqual(peer.finish().events, [])
 
     def test_is_served_to_the_end_after_the_channels_close(self):
         channel = self.channel()
@@ -4133,20 +4125,23 @@ class AReconnectingClient(ChannelCase):
         self.assertEqual([data for _, data, _ in events], ["3", "4"])
 
     def test_continues_after_the_later_of_two_events_with_one_id(self):
-        channel = self.channel(history=4)
-        for id_, data in (("a", "1"), ("b", "2"), ("a", "3"), ("c", "4")):
-            channel.publish(data, id=id_)
-        self.assertEqual(self.resume(channel, "a"), [("message", "4", "c")])
-        channel.publish("5", id="d")  # now the earlier "a" is not held any more
-        events = self.resume(channel, "a", live="later")
-        self.assertEqual([data for _, data, _ in events], ["4", "live", "5"])
+        channel = self.channel(history=3)
+        channel.publish("the earlier one", id="a")
+        for number in range(10):
+            channel.publish(big(number))
+        channel.publish("the later one", id="a")
+        events = self.resume(channel, "a")
+        self.assertEqual(events, [])
+        channel.publish(big(1))  # Now the earlier one is not held any more.
+        events = self.resume(channel, "a", live="again")
+        self.assertEqual([data for _, data, _ in events], ["live", big(1)])
 
     def test_is_told_of_a_gap_and_gets_all_that_is_held(self):
         channel = self.channel(history=3)
         ids = [channel.publish(str(number)) for number in range(5)]
         for lost in (ids[0], "of-yesterday-7", "é"):
             gap, *held = self.resume(channel, lost, live=f"{lost} is back")
-            self.assertEqual(gap[:2], ("gap", lost))
+            self.assertEqual(gap, ("gap", lost, ""))
             self.assertEqual([kind for kind, _, _ in held], ["message"] * 3)
 
     def test_is_told_of_a_gap_by_the_name_that_was_chosen(self):
@@ -4349,6 +4344,79 @@ class AReconnectingClient(ChannelCase):
             self.assertEqual(got, sequences[0])
 
 
+class ASecondStream(ServerCase):
+    """serve_stream may be called once for a request."""
+
+    def test_is_an_error_that_adds_nothing_to_the_first(self):
+        class Twice(QuietHandler):
+            def do_POST(self):
+                self.serve_stream(lambda client: (client.send("a"), client.close()))
+                self.serve_stream()
+
+        server = self.serve(handler=Twice)
+        with self.logged() as records:
+            peer = self.connect(server, method="POST")
+            self.assertEqual(peer.data(), "a")
+            self.assertEqual(peer.finish().events, [])
+            wait_until(lambda: records)
+        self.assertEqual([r.exc_info[0] for r in records], [RuntimeError])
+
+
+class AHeadThatGivesWay(ServerCase):
+    """The newcomer's gain is not a refusal that an EventSource would keep to."""
+
+    def test_is_closed_without_an_answer(self):
+        server = self.serve(max_connections=1)
+        half = Peer(server, head=b"GET /sse HTTP/1.1\r\nHost: loc")
+        self.addCleanup(half.close)
+        peer = self.connect(server)
+        self.assertEqual(peer.status, 200)
+        self.assertEqual(half.read_body(), b"")
+
+
+class ASubscriberOfTwoChannels(ChannelCase):
+    """One of them has a history, the other has none."""
+
+    def test_is_not_replayed_again_what_it_has_had(self):
+        news, ticks = self.channel(), self.channel(history=0)
+        first = news.publish("1")
+        news.publish("2")
+
+        def on_connection(client):
+            news.subscribe(client)
+            ticks.subscribe(client)
+            news.unsubscribe(client)
+            news.subscribe(client)
+            client.send("end")
+
+        peer = self.connect(self.serve(on_connection), Last_Event_ID=first)
+        self.assertEqual([peer.data(), peer.data()], ["2", "end"])
+
+
+class ANewSubscriber(ChannelCase):
+    """It has the newest id from the beginning."""
+
+    def test_is_told_that_id_if_the_history_overtakes_it(self):
+        channel = self.channel(history=3)
+        newest = channel.publish("before")
+        (peer,) = self.subscribers(channel, 1)
+        (client,) = channel.clients
+        client.send("x" * 30_000_000)  # This fills the buffers on the way to the peer.
+        for number in range(100):
+            channel.publish(big(number))
+        self.assertEqual(len(peer.data()), 30_000_000)
+        self.assertEqual(peer.event()[:2], ("gap", newest))
+
+    def test_finds_a_log_that_keeps_no_more_than_it_must(self):
+        channel = self.channel(history=0)
+        channel.min_log_size = 0
+        for number in range(10):
+            channel.publish(str(number))
+        (peer,) = self.subscribers(channel, 1)
+        channel.publish("live")
+        self.assertEqual(peer.data(), "live")
+
+
 class AnySelector(StreamCase):
     """By what the system lets the server watch its sockets does not matter."""
 
@@ -4465,22 +4533,46 @@ class AnySelector(StreamCase):
                 self.calls += 1
                 if self.calls % 3 == 0:
                     raise OSError(10038, "as Windows calls what is no socket")
+                if self.calls == 4:
+                    raise MemoryError
                 return super().select(timeout)
 
         with self.forced(Failing), self.logged():
             self.check_everything(self.serve(max_backlog=2**30))
 
-    @unittest.skipUnless(ON_LINUX, "needs a limit of descriptors")
+    def check_refusal(self, server):
+        """Check that a newcomer is told to come back later."""
+        late = self.connect(server)
+        self.assertEqual(late.finish().events, [])
+        self.assertEqual(late.reader.retry, 5000)
+
     def test_refuses_only_newcomers_when_it_takes_no_more_sockets(self):
+        class Small(selectors.DefaultSelector):
+            def register(self, *arguments):
+                if len(self.get_map()) > 4:
+                    raise OSError(errno.ENOSPC, "as epoll calls too many")
+                return super().register(*arguments)
+
+        with self.forced(Small), self.logged():
+            server = self.serve(max_backlog=2**30)
+            peers = []
+            while len(peers) == len(server.clients):
+                peers.append(self.connect(server))
+            self.check_refusal(server)
+            for peer in peers[:-1]:
+                peer.close()
+            wait_until(lambda: not server.clients)
+            self.check_everything(server)
+
+    @unittest.skipUnless(ON_LINUX, "needs a limit of descriptors")
+    def test_refuses_only_newcomers_whose_numbers_are_too_high_for_select(self):
         with self.forced(selectors.SelectSelector), self.logged():
             server = self.serve(max_backlog=2**30)
             peer = self.connect(server)
             client = self.client_of(server, peer)
             with self.descriptors_below(1024 + 10):
                 for _ in range(3):
-                    late = self.connect(server)
-                    self.assertEqual(late.finish().events, [])
-                    self.assertEqual(late.reader.retry, 5000)
+                    self.check_refusal(server)
                 for number in range(30):
                     client.send(big(number))
                 self.assert_gets(peer, range(30))
@@ -4636,7 +4728,9 @@ class TheServer(StreamCase):
         peers[0].close()
         wait_until(lambda: len(server.clients) == 2)
         self.assertIsInstance(server.clients, frozenset)
-        next(iter(server.clients)).close()
+        client = next(iter(server.clients))
+        client.send("x" * 8_000_000)  # which still has to get out
+        client.close()
         self.assertEqual(len(server.clients), 1)
 
     def test_ends_every_stream_in_good_order(self):
@@ -4732,7 +4826,7 @@ class TheServer(StreamCase):
         threads = start_threads(server.server_close)
         early.finish()
         go.set()
-        late.read_body()  # ends
+        late.read_body()  # ends, in order or without an answer
         join(threads)
 
     def test_can_be_closed_without_having_served(self):
@@ -4897,13 +4991,16 @@ class ProgramCase(unittest.TestCase):
     """Starts programs that serve, as processes of their own."""
 
     def launch(self, command, **options):
-        """Start a process; its standard streams are binary and have no buffers."""
+        """Start a process; our ends of its standard streams have no buffers."""
         options.setdefault("stdin", subprocess.DEVNULL)
+        environment = {**os.environ}
+        environment.pop("PYTHONUNBUFFERED", None)  # It is to flush what it prints.
         process = subprocess.Popen(
             command,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             bufsize=0,
+            env=environment,
             start_new_session=True,
             **options,
         )
@@ -4989,6 +5086,35 @@ print("ended", *[os.waitpid(worker, 0)[1] for worker in workers], flush=True)
 """
 
 
+INTERRUPTED = """
+import contextlib, random, signal, threading
+from sse_ref import Channel, SSEServer
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+channel = Channel(history=10**6)
+server = SSEServer(("127.0.0.1", 0), channel.subscribe)
+threading.Thread(target=server.serve_forever, daemon=True).start()
+print(server.server_port, flush=True)
+while not channel.clients:
+    pass
+signal.signal(signal.SIGALRM, interrupt)
+dice = random.Random(7)
+number, published = 0, {0}
+for _ in range(300):
+    with contextlib.suppress(KeyboardInterrupt):
+        signal.setitimer(signal.ITIMER_REAL, dice.uniform(5e-5, 5e-4))
+        for _ in range(5000):
+            number += 1
+            channel.publish(str(number))
+            published.add(number)
+epoch = channel.publish("last").rpartition("-")[0]
+print(epoch, *{*range(number)} - published, flush=True)
+threading.Event().wait()
+"""
+
+
 class AProgram(ProgramCase):
     """What programs do that use the module: run(), and forked workers."""
 
@@ -5000,6 +5126,26 @@ class AProgram(ProgramCase):
             self.stop(process, number)
             peer.finish()
             self.assertEqual(process.stdout.read(), b"goodbye\n")
+
+    @unittest.skipUnless(hasattr(signal, "setitimer"), "needs setitimer")
+    def test_may_be_interrupted_in_the_middle_of_publish(self):
+        process = self.run_program(INTERRUPTED)
+        events = self.events_up_to_the_last(self.connect(process))
+        ids = [number_of(id_) for _, _, id_ in events]
+        self.assertEqual(ids, list(range(1, len(ids) + 1)))
+        numbers = [int(data) for _, data, _ in events[:-1]]
+        self.assertEqual(numbers, sorted(set(numbers)))
+        epoch, *interrupted = process.stdout.readline().split()
+        missing = set(range(1, numbers[-1])) - set(numbers)
+        self.assertLessEqual(missing, set(map(int, interrupted)))
+        late = self.connect(process, Last_Event_ID=f"{epoch.decode()}-0")
+        self.assertEqual(self.events_up_to_the_last(late), events)
+
+    def events_up_to_the_last(self, peer):
+        events = [peer.event()]
+        while events[-1][1] != "last":
+            events.append(peer.event())
+        return events
 
     @unittest.skipUnless(hasattr(os, "fork"), "needs fork")
     def test_may_fork_its_workers_after_binding(self):
@@ -5167,6 +5313,12 @@ class TheCommandLine(ProgramCase):
         self.stop(process)
         peer.finish()
 
+    @unittest.skipUnless(os.name == "posix", "needs to close a descriptor")
+    def test_works_with_its_standard_input_closed(self):
+        process = self.start("-", stdin=None, preexec_fn=lambda: os.close(0))
+        self.assertEqual(self.connect(process).status, 200)
+        self.stop(process)
+
     def test_never_reads_standard_input_unless_it_is_asked_to(self):
         ours, theirs = os.pipe()
         self.addCleanup(os.close, ours)
@@ -5221,7 +5373,7 @@ class TheCommandLine(ProgramCase):
     def test_publishes_a_file_of_any_size_in_bounded_memory(self):
         process, (peer,) = self.start_reading(1)
         before = self.peak_memory(process)
-        thread = self.pour(process, (b"x" * 99 + b"\n") * 200_000 + b"last\n")
+        thread = self.pour(process, (b"x" * 99 + b"\n") * 100_000 + b"last\n")
         tail = b""
         while b"data: last\n" not in tail:
             piece = peer.file.read1(2**18)
@@ -5271,7 +5423,7 @@ class TheCommandLine(ProgramCase):
             self.addCleanup(peer.close)
         self.assertEqual(waiting[0].read_head().data(), "hi there!")
         before = self.cpu(process)
-        time.sleep(0.5)
+        time.sleep(0.3)
         self.assertLess(self.cpu(process) - before, 0.1)  # it does not spin
         for peer in waiting[:25]:
             peer.close()
