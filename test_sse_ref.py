@@ -3473,18 +3473,18 @@ class ASlowReader(StreamCase):
         self.assertFalse(free.is_set())
 
     def test_is_cut_off_when_it_has_stopped_but_not_when_it_goes_on(self):
-        with mock.patch.object(Client, "stall_timeout", 0.3), self.logged() as records:
+        with mock.patch.object(Client, "stall_timeout", 0.7), self.logged() as records:
             server = self.serve(max_backlog=2**30)
             stuck, slow = self.connect(server), self.connect(server)
             clients = [self.client_of(server, peer) for peer in (stuck, slow)]
-            for client in clients:
-                for number in range(100):
-                    client.send(big(number))
+            for number in range(100):
+                clients[1].send(big(number))
+            clients[0].send("x" * 8_000_000)
             read = 0
             while not clients[0].closed:
                 self.assert_gets(slow, [read])
                 read += 1
-                time.sleep(0.03)
+                time.sleep(0.02)
             wait_until(lambda: records)
             self.assert_gets(slow, range(read, 100))
         self.assert_cut_off(stuck)
@@ -4024,7 +4024,7 @@ class ASlowSubscriber(ChannelCase):
             else:
                 self.assertEqual(number_in(data), got + 1)
                 got += 1
-        self.assertEqual(gaps, 1)
+        self.assertGreater(gaps, 0)
 
     def check_cut_off(self, channel):
         healthy, slow = self.subscribers(channel, 2)
@@ -4606,7 +4606,7 @@ class AnySelector(StreamCase):
             before = descriptors()
             for _ in range(20):
                 self.connect(server)
-            self.assertEqual(len(wait_until(lambda s=server: s.clients)), 21)
+            wait_until(lambda s=server: len(s.clients) == 21)
             # A peer has one, and so has the stream that it reads.
             wait_until(lambda n=before: descriptors() == n + 40, "40 descriptors")
 
@@ -5234,10 +5234,15 @@ class TheCommandLine(ProgramCase):
             peer = Peer(process, Host=host, Origin="http://c.example").read_head()
             self.assertEqual(peer.status, status)
             peer.close()
-        wait_until(lambda: self.status(process) == 200)
-        peers = [self.connect(process) for _ in range(2)]
+        # Their places are free a moment after their answers have come.
+        for _ in range(2):
+            wait_until(lambda: self.is_greeted(process))
         self.assertEqual(self.status(process), 503)
-        self.assertEqual([peer.data() for peer in peers], ["hi there!"] * 2)
+
+    def is_greeted(self, process):
+        """Open a stream, and tell whether the server was not full."""
+        with contextlib.suppress(EOFError):
+            return self.connect(process).data() == "hi there!"
 
     def test_ends_in_good_order_by_a_signal(self):
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -5376,14 +5381,14 @@ class TheCommandLine(ProgramCase):
     def test_publishes_a_file_of_any_size_in_bounded_memory(self):
         process, (peer,) = self.start_reading(1)
         before = self.peak_memory(process)
-        thread = self.pour(process, (b"x" * 99 + b"\n") * 400_000 + b"last\n")
+        thread = self.pour(process, (b"x" * 999 + b"\n") * 80_000 + b"last\n")
         tail = b""
         while b"data: last\n" not in tail:
             piece = peer.file.read1(2**18)
             self.assertTrue(piece, "the stream has ended")
             tail = tail[-20:] + piece
         thread.join()
-        self.assertLess(self.peak_memory(process) - before, 90_000)
+        self.assertLess(self.peak_memory(process) - before, 70_000)
 
     def peak_memory(self, process):
         """Return the most memory that the process has had, in kB."""
