@@ -5089,6 +5089,19 @@ print("ended", *[os.waitpid(worker, 0)[1] for worker in workers], flush=True)
 """
 
 
+PUBLISHING_WORKERS = """
+import os
+from sse_ref import Channel
+
+channel = Channel()
+for _ in range(2):
+    if os.fork() == 0:
+        os.write(1, channel.publish("an event of this worker").encode() + b"\\n")
+        os._exit(0)
+    os.wait()
+"""
+
+
 INTERRUPTED = """
 import contextlib, random, signal, threading
 from sse_ref import Channel, SSEServer
@@ -5166,6 +5179,14 @@ class AProgram(ProgramCase):
                 peer.finish()
                 self.assertEqual(program.stdout.readline(), b"left %d\n" % worker)
         self.assertEqual(program.stdout.readline(), b"ended 0 0 0 0\n")
+
+    @unittest.skipUnless(hasattr(os, "fork"), "needs fork")
+    def test_has_workers_whose_events_have_ids_of_their_own(self):
+        program = self.launch([sys.executable, "-c", PUBLISHING_WORKERS])
+        ids = program.stdout.read().split()
+        self.assertEqual(program.wait(PATIENCE), 0)
+        self.assertEqual([number_of(id_.decode()) for id_ in ids], [1, 1])
+        self.assertEqual(len(set(ids)), 2)
 
 
 class TheCommandLine(ProgramCase):
@@ -5264,6 +5285,14 @@ class TheCommandLine(ProgramCase):
         self.assertEqual(process.returncode, 0)
         self.assertNotIn(b"KeyboardInterrupt", process.stderr.read())
         peer.finish()
+
+    def test_says_nothing_if_both_signals_come_at_once(self):
+        for _ in range(3):
+            process = self.start()
+            process.send_signal(signal.SIGINT)
+            process.send_signal(signal.SIGTERM)
+            self.assertEqual(process.wait(PATIENCE), 0)
+            self.assertEqual(process.stderr.read(), b"")
 
     def test_can_be_stopped_as_soon_as_it_has_said_where_it_serves(self):
         for _ in range(2):
