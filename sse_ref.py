@@ -19,7 +19,10 @@ An event stream is an HTTP response that does not end. A browser reads it with
 
     ThreadingHTTPServer(("127.0.0.1", 8080), Handler).serve_forever()
 
-Chapters 1 to 6 of this file begin with what these nine lines get wrong, and mend it:
+README.md turns them into ninety lines, which have the same kinds of threads as this
+file, but none of its care. Read those first.
+
+Chapters 1 to 6 of this file begin with what the nine lines get wrong, and mend it:
 
     1. An event          text with line breaks
     2. One stream        slow readers, readers that leave, several writing threads
@@ -36,19 +39,19 @@ This is the life of a stream, and which thread does what:
 
   * The thread that called `run` or `serve_forever` accepts a connection and starts a
     thread for it (SSEServer.process_request).
-  * **The request's own thread** reads the head (SSERequestHandler._read_head), finds
+  * The request's own thread reads the head (SSERequestHandler._read_head), finds
     `do_GET` (_call_method), checks who asks (serve_stream), and calls the program's
     `on_connection`. Then it sleeps until the stream ends (Client.wait).
   * Any thread may send an event (Client.send), publish one (Channel.publish), or end
     the stream (Client.close). The first event takes the head along.
-  * **The fan-out thread**, one per channel, writes each published event to all
+  * The fan-out thread, one per channel, writes each published event to all
     subscribers that keep up (Channel._fan_out). It runs while there are subscribers to
     an open channel.
-  * **The I/O thread**, one per server, watches all open streams with a selector. It
-    notices that a peer has left (Client._read). It sends what the kernel did not take
-    at once (Client._send_more), and to slow subscribers what they missed
+  * The I/O thread, one per server, watches all open streams with a selector. It
+    notices that a peer has left (Client._read_input). It sends what the kernel did not
+    take at once (Client._send_more), and to slow subscribers what they missed
     (Channel._catch_up). Several times per second it looks at the clock: it sends
-    keep-alive comments, and ends streams that do not move (Client._check_time).
+    keep-alive comments, and ends streams that do not move (Client._do_what_is_due).
   * When the stream has ended, the request's own thread runs the `on_close` callbacks
     (Client._finish) and closes the connection (SSEServer.shutdown_request).
 
@@ -163,8 +166,8 @@ def _lines(name: str, text: object) -> list[str]:
     if not isinstance(text, str):
         advice = "; json.dumps() turns other values into one" if name == "data" else ""
         raise TypeError(f"{name} must be str, not {type(text).__name__}{advice}")
-    # The lines are plain str. A subclass of str could have a __format__ of its own, and
-    # so bring line breaks into an f-string.
+    # Even if `text` is of a subclass of str, the lines are plain str. A subclass could
+    # have a __format__ that brings a line break into the f-string of encode_comment.
     return _LINE_BREAK.split(text)
 
 
@@ -221,21 +224,25 @@ _KEEPALIVE = encode_comment("keep-alive")
 #
 #   state         send() then              what is still delivered
 #   -----         -----------              -----------------------
-#   HEAD_PENDING  sends the head, too      nothing is sent yet
+#   HEAD_PENDING  sends the head, too      -
 #   OPEN          sends                    everything
 #   DRAINING      raises BrokenPipeError   what was sent or published before close()
 #   ENDED         raises BrokenPipeError   what the kernel has; nothing after a reset
 #
-# If there is no event yet, wait(), close() and subscribe() send the head with a
-# comment, and so does the I/O thread after half a second. Until then the request can
-# still be answered in another way.
+# So "closed" means that nothing more can be sent (DRAINING or ENDED), and "ended" that
+# all is out, or lost (ENDED).
 #
-# `Client.closed` is True in DRAINING and ENDED: nothing more can be sent.
+# wait(), close() and subscribe() also send the head, and so does the I/O thread after
+# half a second. If there is no event yet, a comment goes with it. As long as the head
+# is pending, the request can still be answered in another way.
 #
-# Each client, each channel, the I/O thread and the server have a lock of their own. A
-# thread that holds a client's lock may take the lock of a channel or of the I/O thread.
-# No other two locks are held together, so there is no deadlock. "(locked)" at the end
-# of a docstring says that the caller holds the lock of the method's own object.
+# Each client, each channel, the I/O thread and the server have a lock. These are the
+# only ones that may be held together, in this order:
+#
+#   a client's lock, then that of a channel, of the I/O thread, or of the server
+#
+# "(locked)" at the end of a docstring says that the caller holds the lock of the
+# method's own object, and "(client locked)" that it holds the client's.
 _HEAD_PENDING = "head pending"
 _OPEN = "open"
 _DRAINING = "draining"
@@ -250,10 +257,11 @@ _CHECK_INTERVAL = 0.25  # seconds from one look at the clock to the next
 class _Wakeup:
     """Lets one thread sleep until another one calls `set()`, or has called it before.
 
-    It is a lock that starts acquired. `wait()` tries to acquire it again, and sleeps
-    until `set()` has released it. threading.Event would need more memory. And Event
-    runs Python code while it holds a lock of its own: if a signal handler raises an
-    exception there, that lock stays held.
+    It is a binary semaphore: a lock that `set()` releases and `wait()` acquires. A
+    thread may wake up for an old reason, so callers test their condition in a loop.
+
+    threading.Event would need more memory, and runs Python code while it holds a lock
+    of its own: if a signal handler raises an exception there, that lock stays held.
     """
 
     def __init__(self) -> None:
@@ -271,7 +279,8 @@ class _Wakeup:
 class Client:
     """One open event stream, as `on_connection` gets it.
 
-    `last_event_id`: the ID of the last event that the client has seen, "" if none.
+    `last_event_id`: the ID of the last event that the client had seen when it
+    connected, "" if none.
     `path`, `query`, `headers`: from its request; `path` has no query string.
     `address`: the host and port of the peer.
 
@@ -286,31 +295,48 @@ class Client:
     max_input = 2**16
     """Bytes that a client may send on an open stream before it is cut off."""
 
-    def __init__(self, handler: SSERequestHandler, head: bytes) -> None:
-        # What the request says.
-        self.address: Any = handler.client_address
-        self.headers: Message = handler.headers
-        self.path, _, self._query = handler._target.partition("?")
-        self.last_event_id = _undo_latin_1(self.headers.get("Last-Event-ID", ""))
+    def __init__(  # noqa: PLR0913
+        self,
+        server: SSEServer,  # for its options, and its I/O thread
+        connection: socket.socket,
+        *,
+        address: Any,
+        headers: Message,
+        target: str,  # the path and the query, as sent
+        head: bytes,  # of the answer, to be sent before the first frame
+        is_chunked: bool,  # whether the peer understands chunks
+    ) -> None:
+        self.address = address
+        self.headers = headers
+        self.path, _, self._query = target.partition("?")
+        self.last_event_id = _undo_latin_1(headers.get("Last-Event-ID", ""))
 
-        self._server = handler.server  # for its options
-        self._io_thread = handler.server._io_thread
-        self._socket: socket.socket = handler.connection
-        self._is_chunked = handler._is_chunked
+        self._server = server
+        self._io_thread = server._io_thread
+        self._socket = connection
+        self._is_chunked = is_chunked
         self._own_thread = threading.get_ident()
         self._wakeup = _Wakeup()  # The request's own thread sleeps on it.
 
         # Guards writing to the socket, and changes of the attributes below.
-        self._lock = threading.RLock()
+        self._lock = threading.RLock()  # not Lock, see _release_if_owned
         self._state = _HEAD_PENDING
-        self._head = head  # to be sent before the first frame
-        self._tail = _LAST_CHUNK if self._is_chunked else b""  # and after the last one
+        self._head = head
+        # A field without a blank line: the first event follows.
+        self._retry_line = (
+            b"" if server.retry is None else b"retry: %d\n" % server.retry
+        )
+        self._tail = (
+            _LAST_CHUNK if is_chunked else b""
+        )  # to be sent after the last frame
         self._backlog: list[memoryview] = []
         self._backlog_size = 0  # bytes
-        self._awaited_size = 0  # bytes that must be out before send() may return
-        # When it last wrote, or began to wait for its reader. Keep-alive comments and
-        # the time for which a stream may stand still are counted from here.
-        self._last_progress = time.monotonic()
+        # How many of these bytes must be out before send() returns to the request's own
+        # thread.
+        self._awaited_size = 0
+        # The time of the last of these: the client was made, bytes were written, or the
+        # kernel took no more. _do_what_is_due() counts from here.
+        self._idle_since = time.monotonic()
         self._interest = _NOT_WATCHED  # the interest mask in the I/O thread's selector
         self._received = 0  # bytes that the peer has sent on the open stream
         self._subscriptions: dict[Channel, _Subscription] = {}
@@ -342,7 +368,7 @@ class Client:
         backlog, and the I/O thread sends it. Only the request's own thread waits until
         what it sent has left the backlog; so a producer there keeps its reader's pace.
 
-        Raises BrokenPipeError if the stream has ended; let it pass out of
+        Raises BrokenPipeError if the stream is closed; let it pass out of
         `on_connection`. Raises what `encode_event` raises; then nothing is sent.
         """
         self._send_frames(encode_event(data, event=event, id=id, retry=retry))
@@ -352,10 +378,10 @@ class Client:
         self._send_frames(encode_comment(text))
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Hold the stream for `timeout` seconds, or until it ends; return `closed`.
+        """Hold the stream for `timeout` seconds; return `closed`.
 
-        Without a timeout it returns when the stream is closed. Only the request's own
-        thread may call this; RuntimeError otherwise.
+        It returns as soon as the stream is closed, without a timeout only then. Only
+        the request's own thread may call this; RuntimeError otherwise.
         """
         if threading.get_ident() != self._own_thread:
             raise RuntimeError("wait() is for the request's own thread")
@@ -368,11 +394,12 @@ class Client:
     def close(self) -> None:
         """End the stream in good order, after all that was sent or published before.
 
-        Any thread may call this, at any time. It does not wait: the I/O thread sends
-        the rest. (What channels have published is sent as far as their logs hold it.)
+        Any thread may call this, at any time. It does not wait: what the kernel does
+        not take is sent by the I/O thread. (What channels have published is sent as far
+        as their logs hold it.)
         """
         with self._lock:
-            self._send_head()
+            self._send_head()  # The kernel may say now that the peer has left.
             if self.closed:
                 return
             self._state = _DRAINING
@@ -402,65 +429,63 @@ class Client:
     #   Channel._fan_out ----(one chunk for all streams)------> _write_bytes ---> kernel
     #
     #   I/O thread ------> _send_more -----> _flush_backlog --------------------> kernel
-    #                                 \---> Channel._catch_up --> _write_frames
+    #   subscribe, close              \---> Channel._catch_up --> _write_frames
 
     def _send_frames(self, frames: bytes) -> None:
         """Send frames of the program; see `send`."""
         is_own_thread = threading.get_ident() == self._own_thread
         try:
             with self._lock:
-                # The request's own thread never gets so far ahead: it waits below.
+                # The request's own thread waits below, so it cannot get far ahead.
                 if not is_own_thread:
-                    self._end_if_full()
-                self._check_open()
+                    self._end_if_over_limit()
+                self._raise_if_closed()
                 self._write_frames(frames)
-                self._check_open()  # The kernel may have said that the peer has left.
+                self._raise_if_closed()  # The peer may have left, the kernel says.
+                if is_own_thread:
+                    self._awaited_size = self._backlog_size
         except BrokenPipeError:
             raise
         except BaseException:  # Ctrl-C, for example: half of a chunk may be out.
-            self._recover_from_interrupt()
+            _release_if_owned(self._lock)
+            self._reset("an exception interrupted a send")
             raise
         if is_own_thread:
-            self._wait_until_out()
+            self._sleep_until(lambda: self._awaited_size <= 0 or self._has_ended())
+            if self._awaited_size > 0:  # It has ended with these bytes in the backlog.
+                self._raise_if_closed()
 
-    def _end_if_full(self) -> None:
+    def _end_if_over_limit(self) -> None:
         """Reset a stream whose backlog is over the limit already (locked).
 
-        What is about to be sent does not count. So one large event does no harm.
+        What is about to be sent does not count. So one event is never too large.
         """
-        is_full = self._backlog_size > self._server.max_backlog
-        if is_full and self._state is _OPEN:
+        is_over_limit = self._backlog_size > self._server.max_backlog
+        if is_over_limit and self._state is _OPEN:
             self._end("its backlog is over max_backlog")
 
-    def _check_open(self) -> None:
+    def _raise_if_closed(self) -> None:
         if self.closed:
-            raise BrokenPipeError(errno.EPIPE, "the event stream has ended")
-
-    def _wait_until_out(self) -> None:
-        """Wait until the kernel has taken what is now in the backlog."""
-        with self._lock:
-            self._awaited_size = self._backlog_size
-        self._sleep_until(lambda: self._awaited_size <= 0 or self._has_ended())
-        is_lost = self._awaited_size > 0
-        if is_lost:
-            self._check_open()
+            raise BrokenPipeError(errno.EPIPE, "the event stream is closed")
 
     def _send_head(self) -> None:
         """Send the head if it is still pending (locked)."""
         if self._state is _HEAD_PENDING:
-            # Proxies and browsers wait for the body to begin.
-            has_retry = self._server.retry is not None
-            self._write_frames(b"" if has_retry else _FIRST_COMMENT)
+            self._write_frames(b"")  # This adds what the head needs.
 
     _shared_size = 2**18  # bytes; from this size on, frames are not copied
 
     def _write_frames(self, frames: bytes) -> None:
         """Write `frames` as one chunk, after the head if that is pending (locked)."""
-        head, self._head = self._head, b""
+        head = b""
         if self._state is _HEAD_PENDING:
             self._state = _OPEN
-            if self._server.retry is not None:  # It becomes a field of the first event.
-                frames = b"retry: %d\n%b" % (self._server.retry, frames)
+            head, self._head = self._head, b""
+            # `retry` becomes a field of the first event. If there is nothing else, a
+            # comment goes with the head, because proxies and browsers wait for the
+            # body to begin.
+            frames = (self._retry_line + frames) or _FIRST_COMMENT
+        assert frames, "an empty chunk would end the body (RFC 9112, 7.1)"
         if not self._is_chunked:
             self._write_bytes(head + frames)
         elif len(frames) < self._shared_size:
@@ -478,7 +503,7 @@ class Client:
             return
         sent = 0
         if not self._backlog:
-            self._last_progress = time.monotonic()
+            self._idle_since = time.monotonic()
             try:
                 sent = self._socket.send(data)
             except BlockingIOError:
@@ -490,7 +515,8 @@ class Client:
                 return
         self._backlog_size += len(data) - sent
         if self._backlog and len(self._backlog[-1]) + len(data) < self._joined_size:
-            # Many small parts would take more memory than they hold.
+            # Many small parts would take more memory than they hold. (There was a
+            # backlog before, so nothing of `data` has been sent.)
             self._backlog[-1] = memoryview(b"".join((self._backlog[-1], data)))
         else:
             self._backlog.append(memoryview(data)[sent:])
@@ -499,7 +525,7 @@ class Client:
     def _watch_for_writing(self) -> None:
         """Have the I/O thread call `_send_more` when the socket takes more (locked)."""
         if self._interest == _READ:
-            self._last_progress = time.monotonic()  # From now on it stands still.
+            self._idle_since = time.monotonic()  # From now on it waits for its reader.
             self._io_thread.set_interest(self, _READ_AND_WRITE)
 
     def _send_more(self) -> None:
@@ -509,28 +535,35 @@ class Client:
         """
         if self._backlog:
             self._flush_backlog()
-        is_behind = self._catch_up_with_channels()
-        if self._backlog or is_behind:
+        has_more = self._catch_up_with_channels()
+        if self._backlog or has_more:
             self._watch_for_writing()
         elif self._state is _DRAINING:
-            self._end_in_good_order()
+            self._finish_draining()
         else:
             self._io_thread.set_interest(self, _READ)
 
     def _catch_up_with_channels(self) -> bool:
-        """Write what it missed, unless there is a backlog; tell if it misses more."""
-        is_behind = False
+        """Write missed events, unless there is a backlog (locked).
+
+        Return whether there is more to send.
+        """
+        has_more = False
         for channel, subscription in list(self._subscriptions.items()):
             if self._backlog:
                 return True
             if channel._catch_up(subscription):
-                is_behind = True
-        return is_behind
+                has_more = True
+        return has_more
 
-    def _end_in_good_order(self) -> None:
-        """Send the last chunk, and end when that is out (locked)."""
-        tail, self._tail = self._tail, b""  # The second time there is nothing to send.
-        self._write_bytes(tail)
+    def _finish_draining(self) -> None:
+        """Send the last chunk, and end when that is out (locked).
+
+        If the kernel does not take it at once, this is called again when it is out.
+        """
+        if self._tail:
+            tail, self._tail = self._tail, b""
+            self._write_bytes(tail)
         if not self._backlog:
             self._end()
 
@@ -544,7 +577,7 @@ class Client:
         except OSError:
             self._end()
             return
-        self._last_progress = time.monotonic()
+        self._idle_since = time.monotonic()
         self._backlog_size -= sent
         if sent < len(part):
             self._backlog[0] = part[sent:]
@@ -556,12 +589,12 @@ class Client:
 
     # How a stream ends:
     #
-    #   what happens                         methods             the peer gets
-    #   ------------                         -------             -------------
-    #   the program closes it, or raises     close, then _end    the rest, and our FIN
-    #   the peer has left                    _read, then _end    our FIN
-    #   it is too slow, or the server fails  _end(reason)        a reset (RST)
-    #   on_connection raises a Refusal       _try_to_withdraw    the Refusal's answer
+    #   what happens                         methods                  the peer gets
+    #   ------------                         -------                  -------------
+    #   the program closes it, or raises     close, then _end         the rest, our FIN
+    #   the peer has left, or half-closed    _read_input, then _end   our FIN
+    #   it is too slow, or the server fails  _end(reason)             a reset (RST)
+    #   on_connection raises a Refusal       _try_to_withdraw         that answer
     #
     # After each of them the request's own thread calls _finish(), as soon as it has
     # returned from on_connection.
@@ -570,8 +603,11 @@ class Client:
         """Enter ENDED: all is out, or nothing more can get out (locked).
 
         Without a reason the peer gets our FIN. With a reason it gets an RST, and the
-        kernel drops what it holds for it (RFC 9293, 3.10.4). `socket.close()` sends the
-        RST. That cannot be left to the request's own thread, which may be busy.
+        kernel drops what it holds for it (RFC 9293, 3.10.5). `socket.close()` sends the
+        RST, because no file of the handler shares the socket (see its `setup`). That
+        cannot be left to the request's own thread, which may be busy.
+
+        The state changes last. So if an exception interrupts this, it can be repeated.
         """
         if self._state is _ENDED:
             return
@@ -598,24 +634,17 @@ class Client:
         with self._lock:
             self._end(reason)
 
-    def _recover_from_interrupt(self) -> None:
-        """Reset a stream in which an exception has interrupted a write."""
-        locks = [channel._lock for channel in self._subscriptions]
-        for lock in (*locks, self._io_thread._lock, self._lock):
-            _release_if_owned(lock)
-        self._reset("an exception interrupted a write")
-
     # What the I/O thread calls.
 
     def _on_ready(self, events: int) -> None:
         """Read from the socket, or write to it, now that this does not block."""
         with self._lock:
             if events & selectors.EVENT_READ and self._state is not _ENDED:
-                self._read()
+                self._read_input()
             if events & selectors.EVENT_WRITE and self._state is not _ENDED:
                 self._send_more()
 
-    def _read(self) -> None:
+    def _read_input(self) -> None:
         """Notice that the peer has left; drop what it sends (locked)."""
         try:
             received = len(self._socket.recv(4096))
@@ -629,10 +658,10 @@ class Client:
         elif self._received > self.max_input:
             self._end("it does not stop sending")
 
-    def _check_time(self, now: float) -> None:
+    def _do_what_is_due(self, now: float) -> None:
         """Do what is due at `now`: the head, a keep-alive comment, or a reset."""
         with self._lock:
-            silence = now - self._last_progress
+            silence = now - self._idle_since
             waits_for_reader = self._interest == _READ_AND_WRITE
             if self._state is _HEAD_PENDING:
                 if silence >= self.head_delay:
@@ -663,7 +692,7 @@ class Client:
         with self._lock:
             if self._state is not _HEAD_PENDING:
                 return False
-            # There are no subscriptions to end: subscribe() has sent the head.
+            # It has no subscriptions: subscribe() would have sent the head.
             self._state = _ENDED
             self._io_thread.remove(self)
             return True
@@ -684,7 +713,7 @@ class Client:
 
 
 def _undo_latin_1(value: str) -> str:
-    """Return a header's value as UTF-8, which Last-Event-ID is (standard, 9.2.4).
+    """Return the text of a header that was sent as UTF-8 (standard, 9.2.4).
 
     http.server reads headers as Latin-1. What is not UTF-8 stays as it is: fetch() in
     Node sends Latin-1.
@@ -717,7 +746,7 @@ class _IOThread:
     def __init__(self) -> None:
         # Guards the selector's map and the attributes below. The thread does not hold
         # it while it waits for readiness.
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()
         self._clients: set[Client] = set()
         self._thread: threading.Thread | None = None
         self._stopped = False
@@ -735,19 +764,19 @@ class _IOThread:
             kind = type(self._selector).__name__
             self._notices_changes = kind in ("EpollSelector", "KqueueSelector")
             self._is_select = kind == "SelectSelector"
-            self._self_pipe, self._waker = socket.socketpair()
-            self._self_pipe.setblocking(False)
-            self._waker.setblocking(False)
-            self._selector.register(self._self_pipe, selectors.EVENT_READ)
+            self._self_pipe_reader, self._self_pipe_writer = socket.socketpair()
+            self._self_pipe_reader.setblocking(False)
+            self._self_pipe_writer.setblocking(False)
+            self._selector.register(self._self_pipe_reader, selectors.EVENT_READ)
             thread = threading.Thread(target=self._run, daemon=True)
             thread.start()
             self._thread = thread
 
     def add(self, client: Client) -> bool:
-        """Begin to watch a stream; False if the selector takes no more sockets."""
+        """Begin to watch a stream; False if that is impossible (client locked)."""
         with self._lock:
             if self._stopped:
-                return True  # The server is closing; SSEServer._add_stream sees to it.
+                return False
             try:
                 self._selector.register(client._socket, _READ, client)
             except (OSError, ValueError):  # ENOSPC, for example.
@@ -762,9 +791,9 @@ class _IOThread:
             return True
 
     def _select_is_full(self) -> bool:
-        """Tell whether select() has too many sockets, or a too high number (locked).
+        """Tell whether select() cannot watch so many sockets (locked).
 
-        It says so only when it is called. Windows has no other selector.
+        register() does not say so, only select() does. Windows has no other selector.
         """
         try:
             self._selector.select(0)
@@ -773,7 +802,7 @@ class _IOThread:
         return False
 
     def set_interest(self, client: Client, interest: int) -> None:
-        """Change for which events a stream is watched; its lock is held."""
+        """Change for which events a stream is watched, if it is (client locked)."""
         if client._interest in (_NOT_WATCHED, interest):
             return
         with self._lock:
@@ -784,7 +813,7 @@ class _IOThread:
                     self._wake()
 
     def remove(self, client: Client) -> None:
-        """Stop watching a stream; its lock is held, and its socket not yet closed."""
+        """Stop watching a stream, before its socket is closed (client locked)."""
         with self._lock:
             if client._interest and not self._stopped:
                 self._selector.unregister(client._socket)
@@ -800,12 +829,12 @@ class _IOThread:
             self._wake()
             thread.join()
             self._selector.close()
-            self._self_pipe.close()
-            self._waker.close()
+            self._self_pipe_reader.close()
+            self._self_pipe_writer.close()
 
     def _wake(self) -> None:
         with contextlib.suppress(BlockingIOError):  # It is full: it wakes anyway.
-            self._waker.send(b"\0")
+            self._self_pipe_writer.send(b"\0")
 
     def _run(self) -> None:
         next_check = 0.0
@@ -814,12 +843,12 @@ class _IOThread:
                 now = time.monotonic()
                 if now >= next_check:
                     next_check = now + _CHECK_INTERVAL
-                    self._check_times(now)
+                    self._look_at_the_clock(now)
                 for key, events in self._selector.select(next_check - now):
                     if key.data is None:
-                        self._self_pipe.recv(4096)
+                        self._self_pipe_reader.recv(4096)
                     else:
-                        _contain(key.data, key.data._on_ready, events)
+                        _call_or_reset(key.data, key.data._on_ready, events)
             except (OSError, ValueError):
                 # On Windows select() fails if a socket is closed meanwhile. By now that
                 # socket is not watched any more.
@@ -829,14 +858,14 @@ class _IOThread:
                 logger.exception("the I/O thread failed")
                 time.sleep(0.1)
 
-    def _check_times(self, now: float) -> None:
+    def _look_at_the_clock(self, now: float) -> None:
         with self._lock:
             clients = list(self._clients)
         for client in clients:
-            _contain(client, client._check_time, now)
+            _call_or_reset(client, client._do_what_is_due, now)
 
 
-def _contain(client: Client, step: Callable[[Any], None], argument: Any) -> None:
+def _call_or_reset(client: Client, step: Callable[[Any], None], argument: Any) -> None:
     """Call `step(argument)`. What it raises costs this stream and no other one."""
     try:
         step(argument)
@@ -851,7 +880,8 @@ def _contain(client: Client, step: Callable[[Any], None], argument: Any) -> None
 # program would call send() for each, and would have to remember events for those that
 # reconnect. A Channel does both with one log, in which each subscriber has a place.
 #
-# The events have the numbers 1, 2, 3 and so on:
+# The events have the numbers 1, 2, 3 and so on. The place of a subscriber is the number
+# of the last event that was written to it:
 #
 #      _first                                 _taken            _newest
 #        |                                       |                 |
@@ -862,8 +892,8 @@ def _contain(client: Client, step: Callable[[Any], None], argument: Any) -> None
 # This is what happens if A and B are subscribed, and events 1 to 7 are out:
 #
 #   1. publish() appends event 8 to the log and wakes the fan-out thread.
-#   2. The fan-out thread takes event 8. A and B have the place 7, where it begins. So
-#      it writes the event to both, and their place is 8. The kernel takes only half of
+#   2. The fan-out thread takes event 8. A and B have the place 7, so 8 is their next
+#      event. It is written to both, and their place is 8. The kernel takes only half of
 #      it for B, who reads slowly. The other half is B's backlog.
 #   3. publish() appends event 9. A gets it. B has a backlog, so the fan-out thread
 #      leaves B alone. The place of A is 9, that of B is 8: B is behind.
@@ -875,7 +905,7 @@ def _contain(client: Client, step: Callable[[Any], None], argument: Any) -> None
 # A place moves forward only together with a write, under the client's lock. So no event
 # is lost or sent twice, whichever thread comes first. What a slow reader has still to
 # get is not copied for it until its socket takes more. If the log drops events before a
-# reader gets them, the reader is told so by a gap event.
+# reader gets them, the reader is told so by a gap event (or is reset, see Channel).
 
 
 class _Event(NamedTuple):
@@ -900,13 +930,14 @@ class _Piece(NamedTuple):
 class _Subscription:
     """One client's place in the log of one channel; guarded by the client's lock."""
 
-    __slots__ = ("client", "last_id", "place", "stop")
+    __slots__ = ("client", "is_active", "last_id", "last_number", "place")
 
     def __init__(self, client: Client, place: int, last_id: str) -> None:
         self.client = client
         self.place = place  # the number of the last event that was written to it
         self.last_id = last_id  # for a gap event: the last ID that the client knows
-        self.stop: int | None = None  # the number of its last event; None: not closed
+        self.last_number: int | None = None  # the last event to send, set by close()
+        self.is_active = True  # It has not unsubscribed, and its stream has not ended.
 
 
 class Channel:
@@ -946,8 +977,8 @@ class Channel:
         # Guards the attributes below.
         self._lock = threading.RLock()
         # The log: the events from _first to _newest, by number. The fan-out thread has
-        # taken those up to _taken. Number 0 always stays, so that there is an entry for
-        # each of these places even before the first event.
+        # taken those up to _taken. The entry 0 always stays, so that _log[_newest] and
+        # _log[_taken] exist even before the first event.
         self._log = {0: _Event("", b"", 0)}
         self._first = 1
         self._newest = 0
@@ -991,9 +1022,9 @@ class Channel:
         Raises RuntimeError if the channel is closed, and what `encode_event` raises.
         """
         try:
-            # Without this, a publisher that never pauses would keep the interpreter to
-            # itself, and memory would grow while next to nothing is delivered.
             while self._has_too_much_pending():
+                # Without this pause, one that publishes all the time would keep the
+                # interpreter to itself, and memory would grow.
                 time.sleep(0.001)
             return self._append(data, event, id)
         except BaseException:
@@ -1011,11 +1042,11 @@ class Channel:
         given. A client that names no ID gets the newest `last` events. If the history
         no longer holds the ID, the client gets a gap event and all that is held.
 
-        It returns as soon as the client's place is known. If the channel is closed, the
+        It does not wait until all of that is out. If the channel is closed, the
         client gets what it missed, and after `close(end_streams=True)` its end. To
         subscribe a client again changes nothing.
 
-        Raises BrokenPipeError if the stream has ended. Raises ValueError if `last` is
+        Raises BrokenPipeError if the stream is closed. Raises ValueError if `last` is
         negative, or if the client is subscribed to another channel with a history:
         a client remembers one last event ID only.
         """
@@ -1023,15 +1054,15 @@ class Channel:
             raise ValueError("last must not be negative")
         last_id = None if after is None else _id_text(after)
         with client._lock:
-            client._check_open()
+            client._raise_if_closed()
             if self in client._subscriptions:
                 return
             others = [channel for channel in client._subscriptions if channel._history]
             if self._history and others:
                 raise ValueError("the client is subscribed to another history already")
             if last_id is None:
-                # After subscribe, unsubscribe, subscribe, the client has already got
-                # what came after its last event ID.
+                # After subscribe, unsubscribe, subscribe, a client gets what is
+                # published from now on.
                 last_id = "" if client._has_resumed else client.last_event_id
             client._has_resumed = client._has_resumed or self._history > 0
             first_frame = self._add(client, last_id, last)
@@ -1044,13 +1075,10 @@ class Channel:
             client.close()
 
     def unsubscribe(self, client: Client) -> None:
-        """Send `client` no more of what is published."""
+        """Send `client` no more events, not even those that it has missed."""
         with client._lock:
             subscription = client._subscriptions.pop(self, None)
             if subscription is not None:
-                # The fan-out thread may be about to write to it. But it does so only at
-                # the place where its piece begins, and none begins here.
-                subscription.place = sys.maxsize
                 self._remove(subscription)
 
     def close(self, end_streams: bool = False) -> None:
@@ -1067,14 +1095,14 @@ class Channel:
             for client in self.clients:
                 client.close()
         self._wakeup.set()
-        if fan_out_thread is not None:
+        if fan_out_thread not in (None, threading.current_thread()):
             fan_out_thread.join()
 
     # The log.
 
     def _has_too_much_pending(self) -> bool:
         with self._lock:
-            # The fan-out thread itself may publish, by way of a handler of logging.
+            # The fan-out thread itself may publish, if a logging handler does so.
             if self._fan_out_thread in (None, threading.current_thread()):
                 return False
             taken, newest = self._log[self._taken], self._log[self._newest]
@@ -1093,8 +1121,9 @@ class Channel:
             if self._closed:
                 raise RuntimeError("the channel is closed")
             number = self._newest + 1
-            has_content = data is not None or event is not None
             is_named = id_ is not None
+            # An empty event gets no ID, so that encode_event refuses it.
+            has_content = data is not None or event is not None
             if self._history and has_content and not is_named:
                 id_ = f"{self._epoch}-{number}"
             frame = encode_event(data, event=event, id=id_)
@@ -1130,9 +1159,9 @@ class Channel:
             del self._log[self._first - 1]
 
     def _frames_after(self, place: int, limit: int) -> tuple[bytes, int]:
-        """Return the frames after `place` as one piece, and where it ends (locked).
+        """Return the frames after `place` up to `limit`, and where they end (locked).
 
-        It has at least one frame, and otherwise at most `piece_size` bytes.
+        That is one frame, or several that have at most `piece_size` bytes.
         """
         frames: list[bytes] = []
         size = 0
@@ -1148,75 +1177,80 @@ class Channel:
     # Subscribers.
 
     def _add(self, client: Client, last_id: str, last: int) -> bytes:
-        """Add a subscriber, whose lock is held; return the first frame for it, if any.
+        """Add a subscriber; return the first frame for it, if any (client locked).
 
-        the client's last ID           its place              its first frame
-        --------------------           ---------              ---------------
-        of an event that is held       that event             -
-        of the newest event            that event             the same ID again
-        not held any more, or unknown  before all events      a gap event
-        none                           `last` events back     -; the newest ID if 0
+        the client's last ID         its place             its first frame
+        --------------------         ---------             ---------------
+        in the history               that event            -
+        too old, or unknown          before the history    a gap event
+        none                         `last` events back    -
+
+        If it has nothing to get by that, its first frame is the newest ID.
         """
         first_frame = b""
         with self._lock:
-            beginning = max(self._first - 1, self._newest - self._history)
-            if last_id:
-                place = self._find_number(last_id)
-            else:
-                place = max(self._newest - last, beginning)
+            # The log may hold more than the history, or less.
+            before_all = max(self._first - 1, self._newest - self._history)
             if not self._history:
                 place = self._newest
-            elif place is None or place < beginning:
-                place = beginning
-                first_frame = self._gap(last_id)
-            elif place == self._newest:
+            elif not last_id:
+                place = max(self._newest - last, before_all)
+            else:
+                place = self._find_number(last_id)
+                if place < before_all:
+                    place = before_all
+                    first_frame = self._gap(last_id)
+            if self._history and place == self._newest and not first_frame:
                 # An ID without data dispatches nothing (standard, 9.2.6), but now the
                 # client has an ID to come back with.
                 last_id = self._log[place].id or f"{self._epoch}-{place}"
                 first_frame = encode_event(id=last_id)
+            self._start_fan_out()
             subscription = _Subscription(client, place, last_id)
             self._subscriptions[subscription] = None
-            if self._fan_out_thread is None and not self._closed:
-                thread = threading.Thread(target=self._run, daemon=True)
-                thread.start()
-                self._fan_out_thread = thread
-                self._taken = self._newest
         client._subscriptions[self] = subscription
         return first_frame
 
-    def _find_number(self, id_: str) -> int | None:
-        """Return the number of the event with that ID (locked)."""
+    def _start_fan_out(self) -> None:
+        """Start the fan-out thread, if it is needed and does not run (locked)."""
+        if self._fan_out_thread is None and not self._closed:
+            self._taken = self._newest
+            thread = threading.Thread(target=self._run, daemon=True)
+            thread.start()  # It waits for the lock.
+            self._fan_out_thread = thread
+
+    def _find_number(self, id_: str) -> int:
+        """Return the number of the event with that ID, -1 if it is unknown (locked)."""
         if id_ in self._numbers:
             return self._numbers[id_]
         epoch, _, digits = id_.rpartition("-")
         is_ours = epoch == self._epoch and re.fullmatch("0|[1-9][0-9]*", digits)
-        # int() refuses too many digits.
+        # Thousands of digits would be too many for int().
         if not is_ours or len(digits) > len(str(self._newest)):
-            return None
-        return int(digits) if int(digits) <= self._newest else None
+            return -1
+        return int(digits) if int(digits) <= self._newest else -1
 
     def _gap(self, last_id: str) -> bytes:
         """Return the event which says that events after `last_id` are lost (locked)."""
         if self._gap_event is None or not self._history:
             return b""
-        # Before the first event, nothing follows that would give the client a new ID.
-        # With this one its next reconnect finds no gap.
+        # The events that follow give the client a new ID. Where there are none yet, it
+        # gets one here, so that its next reconnect finds no gap.
         id_ = None if self._newest else f"{self._epoch}-0"
         return encode_event(last_id, event=self._gap_event, id=id_)
 
     def _limit_of(self, subscription: _Subscription) -> int:
         """Return the number of the last event that _catch_up() may write (locked)."""
-        if subscription.stop is not None:
-            # The client is closed, so the fan-out thread leaves it alone.
-            return subscription.stop
+        if subscription.last_number is not None:
+            return subscription.last_number
         if self._fan_out_thread is not None:
             return self._taken  # The fan-out thread will write what comes later.
-        return self._newest
+        return self._newest  # The channel is closed.
 
     def _catch_up(self, subscription: _Subscription) -> bool:
-        """Write one piece to a subscriber that is behind; tell whether it still is.
+        """Write one piece to a subscriber that is behind (client locked).
 
-        The client's lock is held, and the client has no backlog.
+        The client must not have a backlog. Return whether it is still behind.
         """
         client, place = subscription.client, subscription.place
         gap = b""
@@ -1227,6 +1261,7 @@ class Channel:
             # A subscriber at the place 4 needs event 5. Has the log dropped it?
             is_overtaken = place + 1 < self._first
             if is_overtaken:
+                # The limit of a closed client may have been dropped as well.
                 place = min(self._first - 1, limit)
                 gap = self._gap(subscription.last_id)
             frames, place = self._frames_after(place, limit)
@@ -1239,11 +1274,14 @@ class Channel:
         return place < limit
 
     def _stop_after_newest(self, subscription: _Subscription) -> None:
-        """Let a subscriber miss what is published from now on; its lock is held."""
-        subscription.stop = self._newest
+        """Send a subscriber nothing that is published from now on (client locked)."""
+        subscription.last_number = self._newest
 
     def _remove(self, subscription: _Subscription) -> None:
-        """Forget a subscriber, whose lock is held."""
+        """Forget a subscriber (client locked)."""
+        subscription.is_active = (
+            False  # The fan-out thread may be about to write to it.
+        )
         with self._lock:
             self._subscriptions.pop(subscription, None)
             is_last = not self._subscriptions
@@ -1296,12 +1334,16 @@ class Channel:
             client = subscription.client
             try:
                 with client._lock:
+                    if not subscription.is_active:
+                        continue
                     keeps_up = subscription.place == begin and not client._backlog
                     if keeps_up and client._state is _OPEN:
                         client._write_bytes(chunk if client._is_chunked else plain)
                         subscription.place = end
                         subscription.last_id = last_id
                     elif subscription.place < end:
+                        # _catch_up() writes what it needs: it is behind, or its client
+                        # is closed, or it subscribed in the middle of these events.
                         client._watch_for_writing()
             except Exception:
                 logger.exception("%s: fan-out failed", client.address)
@@ -1353,24 +1395,26 @@ class Refusal(Exception):
         super().__init__(status, text)
         self.status = int(status)
         self.text = text
-        self.headers = _check_headers(headers)
+        self.headers = _header_pairs(headers)
 
 
 class _NoRequest(Exception):
-    """The connection is closed without an answer."""
+    """There is no complete request, and the connection is closed without an answer."""
 
 
-def _refusal(status: int) -> Refusal:
+def _standard_refusal(status: int) -> Refusal:
     """Return a refusal whose text is that of its status."""
     phrase, _ = BaseHTTPRequestHandler.responses.get(status, ("Refused", ""))
     return Refusal(status, f"{phrase}\n")
 
 
-def _check_headers(headers: Headers) -> list[tuple[str, str]]:
-    """Return `headers` as pairs; raise ValueError if they cannot be sent."""
+def _header_pairs(headers: Headers) -> list[tuple[str, str]]:
+    """Return `headers` as pairs; raise ValueError or TypeError for what is not one."""
     pairs = list(headers.items() if isinstance(headers, Mapping) else headers)
     ours = {"content-type", "content-length", "transfer-encoding", "connection"}
     for name, value in pairs:
+        if not isinstance(name, str) or not isinstance(value, str):
+            raise TypeError(f"the name and value of a header are str: {name!r}")
         if not _FIELD_LINE.fullmatch(f"{name}:{value}") or ":" in name:
             raise ValueError(f"not a header field: {name!r}: {value!r}")
         if name.lower() in ours:
@@ -1500,7 +1544,7 @@ class SSERequestHandler(BaseHTTPRequestHandler):
         Raises ValueError if the headers cannot be sent, Refusal if the client does not
         get in, RuntimeError if the request has been answered already.
         """
-        head = self._build_stream_head(_check_headers(headers))
+        head = self._build_stream_head(_header_pairs(headers))
         if self._connection_io.is_answered:
             raise RuntimeError("this request has been answered already")
         _check_origin(self)
@@ -1508,17 +1552,27 @@ class SSERequestHandler(BaseHTTPRequestHandler):
         if self.command == "HEAD":
             self._send_answer(HTTPStatus.OK, head)
             return
-        self._connection_io.is_answered = True  # From here on the client writes.
-        self.rfile.detach()  # This frees its buffer, because there are many streams.
-        self.rfile = self._connection_io  # finish() wants a file to close.
+        # From here on the Client reads from the socket and writes to it. What rfile has
+        # in its buffer is not needed, and takes 8 KiB per stream.
+        self._connection_io.is_answered = True
+        self.rfile.detach()
+        self.rfile = self._connection_io
         self.connection.setblocking(False)
-        client = Client(self, head)
+        client = Client(
+            self.server,
+            self.connection,
+            address=self.client_address,
+            headers=self.headers,
+            target=self._target,
+            head=head,
+            is_chunked=self._is_chunked,
+        )
         if self.server._add_stream(self._slot, client):
             self.log_request(HTTPStatus.OK)
             self._hold_stream(client, on_connection or self.server.on_connection)
         else:
             self._take_back_connection()
-            self._refuse_as_full("the selector takes no more sockets\n")
+            self._answer_as_full("the selector takes no more sockets\n")
 
     def _hold_stream(
         self, client: Client, on_connection: Callable[[Client], object] | None
@@ -1528,17 +1582,18 @@ class SSERequestHandler(BaseHTTPRequestHandler):
             if on_connection is not None:
                 on_connection(client)
             client.wait()
-        except BaseException as error:
+        except (BrokenPipeError, Refusal) as error:
             if isinstance(error, Refusal) and client._try_to_withdraw():
                 self._take_back_connection()
                 raise
-            # After the end of the stream, send() raises BrokenPipeError, and a Refusal
-            # comes too late to matter.
-            is_normal = client.closed and isinstance(error, (BrokenPipeError, Refusal))
-            if not is_normal:
-                # The stream ends in good order all the same: after an answer with 500
-                # an EventSource would never come back.
+            # If the stream is closed, these are its normal end: send() has raised the
+            # BrokenPipeError, and the Refusal comes too late to matter.
+            if not client.closed:
                 logger.exception("%s: on_connection failed", self.client_address)
+        except BaseException:
+            # The stream ends in good order all the same: after an answer with 500 an
+            # EventSource would never come back.
+            logger.exception("%s: on_connection failed", self.client_address)
         finally:
             client._finish()
             if client._received:
@@ -1547,6 +1602,7 @@ class SSERequestHandler(BaseHTTPRequestHandler):
     def _take_back_connection(self) -> None:
         """Make it possible to answer in another way: the stream has sent nothing."""
         self.connection.setblocking(True)
+        self.rfile = io.BufferedReader(self._connection_io)
         self._connection_io.is_answered = False
 
     def read_body(self, max_size: int = 2**20) -> bytes:
@@ -1558,21 +1614,21 @@ class SSERequestHandler(BaseHTTPRequestHandler):
         """
         lengths = set(self.headers.get_all("Content-Length", []))
         if not lengths or "Transfer-Encoding" in self.headers:
-            raise _refusal(HTTPStatus.LENGTH_REQUIRED)
+            raise _standard_refusal(HTTPStatus.LENGTH_REQUIRED)
         length = lengths.pop()
         if lengths or not re.fullmatch("[0-9]+", length):
-            raise Refusal(HTTPStatus.BAD_REQUEST, "Content-Length is not a number\n")
+            raise Refusal(HTTPStatus.BAD_REQUEST, "Content-Length is not one number\n")
         digits = length.lstrip("0") or "0"
         # Without the first test a number of 30,000 digits would be converted.
         if len(digits) > len(str(max_size)) or int(digits) > max_size:
-            raise _refusal(HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
+            raise _standard_refusal(HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
         size = int(digits)
         self._connection_io.deadline = time.monotonic() + self.body_timeout
         body = self.rfile.read(size)
         self._connection_io.deadline = inf
         if len(body) < size:
             if self._connection_io.is_late:
-                raise _refusal(HTTPStatus.REQUEST_TIMEOUT)
+                raise _standard_refusal(HTTPStatus.REQUEST_TIMEOUT)
             raise Refusal(HTTPStatus.BAD_REQUEST, "the body ends before its length\n")
         self._may_have_unread_input = False
         return body
@@ -1587,14 +1643,16 @@ class SSERequestHandler(BaseHTTPRequestHandler):
         except _NoRequest:
             pass
         except Refusal as refusal:
-            self._refuse(refusal)
+            self._answer_refusal(refusal)
         except BaseException as error:
             if error is self._connection_io.error:  # Our own read or write raised it.
                 logger.debug("%s: connection lost", self.client_address, exc_info=True)
                 return
             logger.exception("%s: request failed", self.client_address)
             if not self._connection_io.is_answered:
-                self._refuse(_refusal(HTTPStatus.INTERNAL_SERVER_ERROR))
+                self._answer_refusal(
+                    _standard_refusal(HTTPStatus.INTERNAL_SERVER_ERROR)
+                )
         finally:
             self.close_connection = True
 
@@ -1617,10 +1675,10 @@ class SSERequestHandler(BaseHTTPRequestHandler):
             if field is None:
                 raise Refusal(HTTPStatus.BAD_REQUEST, "malformed header line\n")
             if len(self.headers) >= _MAX_FIELD_LINES:
-                raise _refusal(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
-            self.headers[field[1]] = field[2].strip(" \t")
+                raise _standard_refusal(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
+            self.headers[field[1]] = field[2].strip(" \t")  # Message appends.
         self._connection_io.deadline = inf
-        self.server._head_is_complete(self._slot)
+        self.server._note_complete_head(self._slot)
         if self._host is None:
             self._host = self.headers.get("Host")
         self._may_have_unread_input = (
@@ -1632,18 +1690,19 @@ class SSERequestHandler(BaseHTTPRequestHandler):
         line = self.rfile.readline(self._head_room + 1)
         self._head_room -= len(line)
         if self._head_room < 0:
-            raise _refusal(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
+            raise _standard_refusal(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
         if line.endswith(b"\n"):
             # RFC 9112, 2.2: LF alone ends a line, too.
             end = 2 if line.endswith(b"\r\n") else 1
             return line[:-end].decode("latin-1")
-        # There is no end of a line, so there is nothing more to read.
-        if not line and not self.requestline:  # The peer has sent nothing at all.
-            raise _NoRequest
-        if not self._slot.is_regular:  # It had to give way, or is one too many.
+        # The input has ended in the middle: the peer has left, or the deadline has
+        # passed, or the server has shut it, because the connection has to give way to
+        # another one, or because the server is closing.
+        has_begun = line or self.requestline
+        if not has_begun or not self._slot.is_regular:
             raise _NoRequest
         if self._connection_io.is_late:
-            raise _refusal(HTTPStatus.REQUEST_TIMEOUT)
+            raise _standard_refusal(HTTPStatus.REQUEST_TIMEOUT)
         raise Refusal(HTTPStatus.BAD_REQUEST, "the head is not complete\n")
 
     def _parse_request_line(self, line: str) -> None:
@@ -1652,7 +1711,7 @@ class SSERequestHandler(BaseHTTPRequestHandler):
         if words is None or words[3] == "0":
             raise Refusal(HTTPStatus.BAD_REQUEST, "malformed request line\n")
         if words[3] != "1":
-            raise _refusal(HTTPStatus.HTTP_VERSION_NOT_SUPPORTED)
+            raise _standard_refusal(HTTPStatus.HTTP_VERSION_NOT_SUPPORTED)
         self.command, target = words[1], words[2]
         self.request_version = f"HTTP/1.{words[4]}"
         # Without chunks urllib3 (and so requests, and sseclient-py) holds events back
@@ -1681,7 +1740,7 @@ class SSERequestHandler(BaseHTTPRequestHandler):
         """Check who asks, then call the method that serves the request."""
         _check_host(self)
         if not self._slot.is_regular:
-            self._refuse_as_full("max_connections (--max-connections) is reached\n")
+            self._answer_as_full("max_connections (--max-connections) is reached\n")
             return
         if self.command not in _SAFE_METHODS:
             _check_origin(self)
@@ -1708,7 +1767,7 @@ class SSERequestHandler(BaseHTTPRequestHandler):
         elif self.command in _HTTP_METHODS:
             raise Refusal(HTTPStatus.METHOD_NOT_ALLOWED, "not allowed here\n", allow)
         else:
-            raise _refusal(HTTPStatus.NOT_IMPLEMENTED)
+            raise _standard_refusal(HTTPStatus.NOT_IMPLEMENTED)
 
     def _defined_methods(self) -> list[str]:
         names = {name[3:] for name in dir(self) if re.fullmatch("do_[A-Z]+", name)}
@@ -1752,7 +1811,7 @@ class SSERequestHandler(BaseHTTPRequestHandler):
         self.log_request(status)
         self.wfile.write(head if self.command == "HEAD" else head + body)
 
-    def _refuse(self, refusal: Refusal) -> None:
+    def _answer_refusal(self, refusal: Refusal) -> None:
         """Answer with `refusal`, unless an answer has been begun already."""
         if self._connection_io.is_answered:
             logger.error("%s: %r came after the head", self.client_address, refusal)
@@ -1760,7 +1819,7 @@ class SSERequestHandler(BaseHTTPRequestHandler):
         with contextlib.suppress(OSError):  # The connection is lost.
             self._respond(refusal.status, refusal.text, refusal.headers)
 
-    def _refuse_as_full(self, reason: str) -> None:
+    def _answer_as_full(self, reason: str) -> None:
         """Say that the server is full, so that an EventSource comes back later.
 
         After any status but 200 it would never come back (standard, 9.2.3).
@@ -1815,7 +1874,11 @@ class SSERequestHandler(BaseHTTPRequestHandler):
     # Repairs to http.server.
 
     def setup(self) -> None:
-        """Prepare the handler; http.server calls this first."""
+        """Prepare the handler; http.server calls this first.
+
+        Its own rfile is closed, because as long as a file shares the socket, closing
+        the socket does not end the connection.
+        """
         super().setup()
         self._slot = self.server._slots[self.request]
         self._connection_io: Any = _ConnectionIO(self.connection)
@@ -1882,7 +1945,7 @@ class SSERequestHandler(BaseHTTPRequestHandler):
         """Answer with an error. Without this, the text would be a page of HTML."""
         phrase, description = self.responses.get(code, ("", ""))
         self.log_error("code %d, message %s", code, message or phrase)
-        self._refuse(Refusal(code, f"{explain or message or description}\n"))
+        self._answer_refusal(Refusal(code, f"{explain or message or description}\n"))
 
 
 def _matches(pattern: str, path: str) -> bool:
@@ -1980,7 +2043,7 @@ def _check_user(handler: SSERequestHandler) -> None:
         return
     if not isinstance(answer, int) or answer not in range(200, 600):
         answer = HTTPStatus.FORBIDDEN
-    raise _refusal(answer)
+    raise _standard_refusal(answer)
 
 
 def _allowed_as(handler: SSERequestHandler, origin: str) -> str:
@@ -2149,7 +2212,7 @@ class SSEServer(ThreadingHTTPServer):
     closing_grace = 1.0
     """Seconds that `server_close` gives slow readers to take what they were sent."""
     closing_timeout = 5.0
-    """Seconds after which `server_close` returns, whatever still runs."""
+    """Seconds after which `server_close` returns, whichever requests still run."""
 
     def __init__(  # noqa: PLR0913
         self,
@@ -2251,35 +2314,40 @@ class SSEServer(ThreadingHTTPServer):
     def _admit(self, request: socket.socket, thread: threading.Thread) -> bool:
         """Make a slot for a new connection; False if there are too many.
 
-        There are max_connections regular slots. When all are taken, the connection
-        whose head has been awaited longest gives way. Otherwise those who connect and
-        say nothing could keep all others out. If there is none, the new connection gets
-        one of 64 surplus slots, where it is told to come back later.
+        There are max_connections regular slots, and 64 surplus ones, for connections
+        that are told to come back later. Peers that connect and say nothing must not
+        keep all others out, see _make_room.
         """
         slot = _Slot(thread)
         with self._lock:
-            is_full = len(self._slots) >= self.max_connections
-            kind = self._make_room() if is_full else _REGULAR
-            if kind is None or self._is_closing:
+            if self._is_closing:
                 return False
-            slot.kind = kind
+            has_room = len(self._slots) < self.max_connections  # spares a look at each
+            if has_room or self._make_room(_REGULAR, self.max_connections):
+                slot.kind = _REGULAR
+            elif self._make_room(_SURPLUS, _MAX_SURPLUS):
+                slot.kind = _SURPLUS
+            else:
+                return False
             self._slots[request] = slot
             return True
 
-    def _make_room(self) -> str | None:
-        """Return the kind of a slot that is free or was made free (locked)."""
-        for kind, limit in (_REGULAR, self.max_connections), (_SURPLUS, _MAX_SURPLUS):
-            taken = [each for each in self._slots.items() if each[1].kind is kind]
-            if len(taken) < limit:
-                return kind
-            for request, slot in taken:  # the oldest first
-                if slot.awaits_head:
-                    slot.kind = _LEAVING
-                    _shut_reading(request)  # So its thread finds the end.
-                    return kind
-        return None
+    def _make_room(self, kind: str, limit: int) -> bool:
+        """Make sure that there is a slot of that kind; False if there is not (locked).
 
-    def _head_is_complete(self, slot: _Slot) -> None:
+        If all are taken, the connection whose head has been awaited longest gives way.
+        """
+        taken = [each for each in self._slots.items() if each[1].kind is kind]
+        if len(taken) < limit:
+            return True
+        for request, slot in taken:  # the oldest first
+            if slot.awaits_head:
+                slot.kind = _LEAVING
+                _shut_reading(request)  # So its thread finds the end.
+                return True
+        return False
+
+    def _note_complete_head(self, slot: _Slot) -> None:
         """Say that a connection need not give way any more."""
         with self._lock:
             slot.awaits_head = False
@@ -2291,13 +2359,14 @@ class SSEServer(ThreadingHTTPServer):
         # client that pauses a download is not dead.
         timeout = min(max(30, client.stall_timeout), 86_400)
         _set_tcp_option(client._socket, "TCP_USER_TIMEOUT", int(timeout * 1000))
-        if not self._io_thread.add(client):
-            return False
-        with self._lock:
-            slot.client = client
-            is_closing = self._is_closing
-        if is_closing:  # server_close() has not seen this one.
-            client.close()
+        with client._lock:  # Nobody may use it before it is watched.
+            if not self._io_thread.add(client):
+                return False
+            with self._lock:
+                slot.client = client  # From now on server_close() closes it.
+                is_closing = self._is_closing
+            if is_closing:
+                client.close()
         return True
 
     # What socketserver calls.
