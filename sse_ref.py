@@ -220,7 +220,7 @@ _KEEPALIVE = encode_comment("keep-alive")
 #
 #   HEAD_PENDING --first frame--> OPEN --close()--> DRAINING --all is out--> ENDED
 #
-# Each of the first three may also lead to ENDED directly: the peer leaves, for example.
+# The first two may also lead to ENDED directly: the peer leaves, for example.
 #
 #   state         send() then              what is still delivered
 #   -----         -----------              -----------------------
@@ -236,10 +236,8 @@ _KEEPALIVE = encode_comment("keep-alive")
 # half a second. If there is no event yet, a comment goes with it. As long as the head
 # is pending, the request can still be answered in another way.
 #
-# Each client, each channel, the I/O thread and the server have a lock. These are the
-# only ones that may be held together, in this order:
-#
-#   a client's lock, then that of a channel, of the I/O thread, or of the server
+# Each client, each channel, the I/O thread and the server have a lock. A thread holds
+# at most two of them: first a client's lock, then one of another kind.
 #
 # "(locked)" at the end of a docstring says that the caller holds the lock of the
 # method's own object, and "(client locked)" that it holds the client's.
@@ -247,6 +245,12 @@ _HEAD_PENDING = "head pending"
 _OPEN = "open"
 _DRAINING = "draining"
 _ENDED = "ended"
+_NEXT_STATES = {
+    _HEAD_PENDING: {_OPEN, _ENDED},
+    _OPEN: {_DRAINING, _ENDED},
+    _DRAINING: {_ENDED},
+    _ENDED: set(),
+}
 
 _NOT_WATCHED = 0
 _READ = selectors.EVENT_READ
@@ -258,7 +262,8 @@ class _Wakeup:
     """Lets one thread sleep until another one calls `set()`, or has called it before.
 
     It is a binary semaphore: a lock that `set()` releases and `wait()` acquires. A
-    thread may wake up for an old reason, so callers test their condition in a loop.
+    `set()` that nobody has waited for ends the next `wait()`, so callers test their
+    condition in a loop.
 
     threading.Event would need more memory, and runs Python code while it holds a lock
     of its own: if a signal handler raises an exception there, that lock stays held.
@@ -303,7 +308,7 @@ class Client:
         address: Any,
         headers: Message,
         target: str,  # the path and the query, as sent
-        head: bytes,  # of the answer, to be sent before the first frame
+        head: bytes,  # of the answer
         is_chunked: bool,  # whether the peer understands chunks
     ) -> None:
         self.address = address
@@ -321,14 +326,12 @@ class Client:
         # Guards writing to the socket, and changes of the attributes below.
         self._lock = threading.RLock()  # not Lock, see _release_if_owned
         self._state = _HEAD_PENDING
-        self._head = head
-        # A field without a blank line: the first event follows.
-        self._retry_line = (
-            b"" if server.retry is None else b"retry: %d\n" % server.retry
-        )
-        self._tail = (
-            _LAST_CHUNK if is_chunked else b""
-        )  # to be sent after the last frame
+        self._head = head  # to be sent before the first frame
+        # The first event follows, so there is no blank line after this field.
+        retry = server.retry
+        self._retry_line = b"" if retry is None else b"retry: %d\n" % retry
+        # To be sent after the last frame.
+        self._tail = _LAST_CHUNK if is_chunked else b""
         self._backlog: list[memoryview] = []
         self._backlog_size = 0  # bytes
         # How many of these bytes must be out before send() returns to the request's own
@@ -378,10 +381,9 @@ class Client:
         self._send_frames(encode_comment(text))
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Hold the stream for `timeout` seconds; return `closed`.
+        """Sleep until the stream is closed, at most `timeout` seconds; return `closed`.
 
-        It returns as soon as the stream is closed, without a timeout only then. Only
-        the request's own thread may call this; RuntimeError otherwise.
+        Only the request's own thread may call this; RuntimeError otherwise.
         """
         if threading.get_ident() != self._own_thread:
             raise RuntimeError("wait() is for the request's own thread")
@@ -402,7 +404,7 @@ class Client:
             self._send_head()  # The kernel may say now that the peer has left.
             if self.closed:
                 return
-            self._state = _DRAINING
+            self._enter(_DRAINING)
             for channel, subscription in self._subscriptions.items():
                 channel._stop_after_newest(subscription)
             self._send_more()
@@ -441,12 +443,14 @@ class Client:
                     self._end_if_over_limit()
                 self._raise_if_closed()
                 self._write_frames(frames)
-                self._raise_if_closed()  # The peer may have left, the kernel says.
+                self._raise_if_closed()  # The write may have failed.
                 if is_own_thread:
                     self._awaited_size = self._backlog_size
         except BrokenPipeError:
             raise
-        except BaseException:  # Ctrl-C, for example: half of a chunk may be out.
+        except BaseException:
+            # A signal handler has raised this, in the main thread. Perhaps half of a
+            # chunk is out.
             _release_if_owned(self._lock)
             self._reset("an exception interrupted a send")
             raise
@@ -464,6 +468,11 @@ class Client:
         if is_over_limit and self._state is _OPEN:
             self._end("its backlog is over max_backlog")
 
+    def _enter(self, state: str) -> None:
+        """Change the state; nothing else does (locked)."""
+        assert state in _NEXT_STATES[self._state]
+        self._state = state
+
     def _raise_if_closed(self) -> None:
         if self.closed:
             raise BrokenPipeError(errno.EPIPE, "the event stream is closed")
@@ -479,7 +488,7 @@ class Client:
         """Write `frames` as one chunk, after the head if that is pending (locked)."""
         head = b""
         if self._state is _HEAD_PENDING:
-            self._state = _OPEN
+            self._enter(_OPEN)
             head, self._head = self._head, b""
             # `retry` becomes a field of the first event. If there is nothing else, a
             # comment goes with the head, because proxies and browsers wait for the
@@ -604,12 +613,13 @@ class Client:
 
         Without a reason the peer gets our FIN. With a reason it gets an RST, and the
         kernel drops what it holds for it (RFC 9293, 3.10.5). `socket.close()` sends the
-        RST, because no file of the handler shares the socket (see its `setup`). That
-        cannot be left to the request's own thread, which may be busy.
+        RST, because SSERequestHandler.setup has closed the file that shared the socket.
+        This cannot be left to the request's own thread, which may be busy.
 
         The state changes last. So if an exception interrupts this, it can be repeated.
         """
         if self._state is _ENDED:
+            self._wakeup.set()
             return
         self._reset_reason = reset_reason
         self._backlog.clear()
@@ -626,7 +636,7 @@ class Client:
                 self._socket.close()
             else:
                 self._socket.shutdown(socket.SHUT_WR)
-        self._state = _ENDED
+        self._enter(_ENDED)
         self._wakeup.set()
 
     def _reset(self, reason: str) -> None:
@@ -693,7 +703,7 @@ class Client:
             if self._state is not _HEAD_PENDING:
                 return False
             # It has no subscriptions: subscribe() would have sent the head.
-            self._state = _ENDED
+            self._enter(_ENDED)
             self._io_thread.remove(self)
             return True
 
@@ -816,7 +826,8 @@ class _IOThread:
         """Stop watching a stream, before its socket is closed (client locked)."""
         with self._lock:
             if client._interest and not self._stopped:
-                self._selector.unregister(client._socket)
+                with contextlib.suppress(KeyError):  # That was interrupted, see _end.
+                    self._selector.unregister(client._socket)
             client._interest = _NOT_WATCHED
             self._clients.discard(client)
 
@@ -883,7 +894,7 @@ def _call_or_reset(client: Client, step: Callable[[Any], None], argument: Any) -
 # The events have the numbers 1, 2, 3 and so on. The place of a subscriber is the number
 # of the last event that was written to it:
 #
-#      _first                                 _taken            _newest
+#       first                                 _taken             newest
 #        |                                       |                 |
 #   -----+----------------------+----------------+-----------------+---> log
 #     older events     the place of a reader       not yet taken
@@ -906,14 +917,149 @@ def _call_or_reset(client: Client, step: Callable[[Any], None], argument: Any) -
 # is lost or sent twice, whichever thread comes first. What a slow reader has still to
 # get is not copied for it until its socket takes more. If the log drops events before a
 # reader gets them, the reader is told so by a gap event (or is reset, see Channel).
+#
+# _Log knows nothing of threads and sockets. Channel brings the three together.
 
 
 class _Event(NamedTuple):
-    """One published event, as the log of a channel holds it."""
+    """One published event, as the log holds it."""
 
     id: str
     frame: bytes
     bytes_so_far: int  # published on the channel, this event included
+
+
+class _Log:
+    """The events of a channel from number `first` to number `newest`.
+
+    `history` is how many of them a client may get when it reconnects. It has no lock of
+    its own: the channel's guards it.
+    """
+
+    def __init__(self, history: int, gap_event: str | None) -> None:
+        self.history = history
+        self.gap_event = gap_event
+        self.first = 1
+        self.newest = 0
+        # By number. The entry 0 always stays: it is the place before the first event.
+        self.events = {0: _Event("", b"", 0)}
+        self._numbers: dict[str, int] = {}  # of events with IDs of the program's own
+        self._token = secrets.token_hex(4)
+
+    @property
+    def _epoch(self) -> str:
+        # An ID of another start of the program, or of another worker that it has
+        # forked, must not be taken for one of ours.
+        return f"{self._token}{os.getpid():x}"
+
+    def append(self, data: str | None, event: str | None, id_: str | int | None) -> str:
+        """Add an event and return its ID.
+
+        An exception of a signal handler does no harm. Before the event is committed, it
+        leaves only an entry that the next event overwrites. After that, the event goes
+        out.
+        """
+        number = self.newest + 1
+        is_named = id_ is not None
+        # An empty event gets no ID, so that encode_event refuses it.
+        has_content = data is not None or event is not None
+        if self.history and has_content and not is_named:
+            id_ = f"{self._epoch}-{number}"
+        frame = encode_event(data, event=event, id=id_)
+        id_text = "" if id_ is None else _id_text(id_)
+        bytes_so_far = self.events[self.newest].bytes_so_far + len(frame)
+        self.events[number] = _Event(id_text, frame, bytes_so_far)
+        self.newest = number  # This commits the event.
+        if self.history and is_named and id_text:
+            self._numbers[id_text] = number
+        return id_text
+
+    def trim(self, min_size: int, keep: int) -> None:
+        """Drop old events that nobody needs.
+
+        These are kept: the history, but at least the newest event; the events from
+        number `keep` on; and `min_size` bytes for slow readers.
+        """
+        limit = min(self.newest - max(self.history, 1), keep - 1)
+        size_limit = self.events[self.newest].bytes_so_far - min_size
+        while self.first <= limit:
+            oldest = self.events[self.first]
+            if oldest.bytes_so_far > size_limit:
+                return
+            if self._numbers.get(oldest.id) == self.first:
+                del self._numbers[oldest.id]
+            # In this order: an exception between the two must not leave `first` at an
+            # event that is gone.
+            self.first += 1
+            del self.events[self.first - 1]
+
+    def size_between(self, place: int, end: int) -> int:
+        """Return the bytes of the events after `place` up to `end`."""
+        return self.events[end].bytes_so_far - self.events[place].bytes_so_far
+
+    def frames_after(self, place: int, end: int, max_size: int) -> tuple[bytes, int]:
+        """Return the frames after `place`, at most up to `end`, and where they end.
+
+        That is one frame, or several that have at most `max_size` bytes.
+        """
+        frames: list[bytes] = []
+        size = 0
+        while place < end:
+            frame = self.events[place + 1].frame
+            size += len(frame)
+            if frames and size > max_size:
+                break
+            frames.append(frame)
+            place += 1
+        return b"".join(frames), place  # A single frame is not copied by that.
+
+    def resume(self, last_id: str, last: int) -> tuple[int, str, bytes]:
+        """Return a subscriber's place, its last ID, and the first frame for it.
+
+        the client's last ID         its place             its first frame
+        --------------------         ---------             ---------------
+        in the history               that event            -
+        too old, or unknown          before the history    a gap event
+        none                         `last` events back    -
+
+        If it has nothing to get by that, its first frame is the newest ID.
+        """
+        if not self.history:
+            return self.newest, "", b""
+        # The log may hold more than the history, or less.
+        before_history = max(self.first - 1, self.newest - self.history)
+        if last_id:
+            place = self._find(last_id)
+        else:
+            place = max(self.newest - last, before_history)
+        if place < before_history:
+            return before_history, last_id, self.gap_after(last_id)
+        if place < self.newest:
+            return place, last_id, b""
+        # An ID without data dispatches nothing (standard, 9.2.6), but now the client
+        # has an ID to come back with.
+        newest_id = self.events[place].id or f"{self._epoch}-{place}"
+        return place, newest_id, encode_event(id=newest_id)
+
+    def _find(self, id_: str) -> int:
+        """Return the number of the event with that ID, -1 if it is unknown."""
+        if id_ in self._numbers:
+            return self._numbers[id_]
+        epoch, _, digits = id_.rpartition("-")
+        is_ours = epoch == self._epoch and re.fullmatch("0|[1-9][0-9]*", digits)
+        # Thousands of digits would be too many for int().
+        if not is_ours or len(digits) > len(str(self.newest)):
+            return -1
+        return int(digits) if int(digits) <= self.newest else -1
+
+    def gap_after(self, last_id: str) -> bytes:
+        """Return the event which says that events after `last_id` are lost, if any."""
+        if self.gap_event is None or not self.history:
+            return b""
+        # The events that follow give the client a new ID. Where there are none yet, it
+        # gets one here, so that its next reconnect finds no gap.
+        id_ = None if self.newest else f"{self._epoch}-0"
+        return encode_event(last_id, event=self.gap_event, id=id_)
 
 
 class _Piece(NamedTuple):
@@ -968,32 +1114,17 @@ class Channel:
         if history < 0:
             raise ValueError("history must not be negative")
         if gap_event is not None:
-            encode_event("", event=gap_event)  # Raises what is wrong with it.
-        self._history = history
-        self._gap_event = gap_event
-        self._token = secrets.token_hex(4)
+            encode_event("", event=gap_event)  # This raises what is wrong with it.
         self._wakeup = _Wakeup()  # The fan-out thread sleeps on it.
 
         # Guards the attributes below.
-        self._lock = threading.RLock()
-        # The log: the events from _first to _newest, by number. The fan-out thread has
-        # taken those up to _taken. The entry 0 always stays, so that _log[_newest] and
-        # _log[_taken] exist even before the first event.
-        self._log = {0: _Event("", b"", 0)}
-        self._first = 1
-        self._newest = 0
-        self._taken = 0
-        self._numbers: dict[str, int] = {}  # of events with IDs of the program's own
+        self._lock = threading.RLock()  # not Lock, see _release_if_owned
+        self._log = _Log(history, gap_event)
+        self._taken = 0  # the number of the last event that the fan-out has taken
         self._subscriptions: dict[_Subscription, None] = {}  # in the order of joining
         self._fan_out_thread: threading.Thread | None = None
         self._closed = False
         self._ends_streams = False
-
-    @property
-    def _epoch(self) -> str:
-        # An ID of another start of the program, or of another worker that it has
-        # forked, must not be taken for one of ours.
-        return f"{self._token}{os.getpid():x}"
 
     @property
     def clients(self) -> frozenset[Client]:
@@ -1026,7 +1157,14 @@ class Channel:
                 # Without this pause, one that publishes all the time would keep the
                 # interpreter to itself, and memory would grow.
                 time.sleep(0.001)
-            return self._append(data, event, id)
+            with self._lock:
+                if self._closed:
+                    raise RuntimeError("the channel is closed")
+                id_text = self._log.append(data, event, id)
+                is_running = self._fan_out_thread is not None
+                keep = self._taken if is_running else self._log.newest
+                self._log.trim(self.min_log_size, keep)
+                return id_text
         except BaseException:
             _release_if_owned(self._lock)
             raise
@@ -1057,14 +1195,15 @@ class Channel:
             client._raise_if_closed()
             if self in client._subscriptions:
                 return
-            others = [channel for channel in client._subscriptions if channel._history]
-            if self._history and others:
+            others = [other for other in client._subscriptions if other._log.history]
+            if self._log.history and others:
                 raise ValueError("the client is subscribed to another history already")
-            if last_id is None:
-                # After subscribe, unsubscribe, subscribe, a client gets what is
-                # published from now on.
-                last_id = "" if client._has_resumed else client.last_event_id
-            client._has_resumed = client._has_resumed or self._history > 0
+            if last_id is None and client._has_resumed:
+                # It has unsubscribed, and gets what is published from now on.
+                last_id, last = "", 0
+            elif last_id is None:
+                last_id = client.last_event_id
+            client._has_resumed = client._has_resumed or self._log.history > 0
             first_frame = self._add(client, last_id, last)
             # The first of these three that sends something sends the head, too.
             if first_frame:
@@ -1098,113 +1237,20 @@ class Channel:
         if fan_out_thread not in (None, threading.current_thread()):
             fan_out_thread.join()
 
-    # The log.
-
     def _has_too_much_pending(self) -> bool:
         with self._lock:
             # The fan-out thread itself may publish, if a logging handler does so.
             if self._fan_out_thread in (None, threading.current_thread()):
                 return False
-            taken, newest = self._log[self._taken], self._log[self._newest]
-            return newest.bytes_so_far - taken.bytes_so_far > self.max_pending
-
-    def _append(
-        self, data: str | None, event: str | None, id_: str | int | None
-    ) -> str:
-        """Add an event to the log and return its ID.
-
-        An exception of a signal handler loses nothing. Before the event is committed,
-        it leaves only an entry that the next event overwrites. After that, the event
-        goes out.
-        """
-        with self._lock:
-            if self._closed:
-                raise RuntimeError("the channel is closed")
-            number = self._newest + 1
-            is_named = id_ is not None
-            # An empty event gets no ID, so that encode_event refuses it.
-            has_content = data is not None or event is not None
-            if self._history and has_content and not is_named:
-                id_ = f"{self._epoch}-{number}"
-            frame = encode_event(data, event=event, id=id_)
-            id_text = "" if id_ is None else _id_text(id_)
-            bytes_so_far = self._log[self._newest].bytes_so_far + len(frame)
-            self._log[number] = _Event(id_text, frame, bytes_so_far)
-            self._newest = number  # This commits the event.
-            if self._history and is_named and id_text:
-                self._numbers[id_text] = number
-            self._trim()
-            return id_text
-
-    def _trim(self) -> None:
-        """Drop events that nobody needs any more (locked).
-
-        These are kept: the history, but at least the newest event; what the fan-out
-        thread has not taken yet, and the event before that, see _has_too_much_pending;
-        and `min_log_size` bytes for slow readers.
-        """
-        limit = self._newest - max(self._history, 1)
-        if self._fan_out_thread is not None:
-            limit = min(limit, self._taken - 1)
-        size_limit = self._log[self._newest].bytes_so_far - self.min_log_size
-        while self._first <= limit:
-            oldest = self._log[self._first]
-            if oldest.bytes_so_far > size_limit:
-                return
-            if self._numbers.get(oldest.id) == self._first:
-                del self._numbers[oldest.id]
-            # In this order: an exception between the two must not leave _first at an
-            # event that is gone.
-            self._first += 1
-            del self._log[self._first - 1]
-
-    def _frames_after(self, place: int, limit: int) -> tuple[bytes, int]:
-        """Return the frames after `place` up to `limit`, and where they end (locked).
-
-        That is one frame, or several that have at most `piece_size` bytes.
-        """
-        frames: list[bytes] = []
-        size = 0
-        while place < limit:
-            frame = self._log[place + 1].frame
-            size += len(frame)
-            if frames and size > self.piece_size:
-                break
-            frames.append(frame)
-            place += 1
-        return b"".join(frames), place  # A single frame is not copied by that.
+            pending = self._log.size_between(self._taken, self._log.newest)
+            return pending > self.max_pending
 
     # Subscribers.
 
     def _add(self, client: Client, last_id: str, last: int) -> bytes:
-        """Add a subscriber; return the first frame for it, if any (client locked).
-
-        the client's last ID         its place             its first frame
-        --------------------         ---------             ---------------
-        in the history               that event            -
-        too old, or unknown          before the history    a gap event
-        none                         `last` events back    -
-
-        If it has nothing to get by that, its first frame is the newest ID.
-        """
-        first_frame = b""
+        """Add a subscriber; return the first frame for it, if any (client locked)."""
         with self._lock:
-            # The log may hold more than the history, or less.
-            before_all = max(self._first - 1, self._newest - self._history)
-            if not self._history:
-                place = self._newest
-            elif not last_id:
-                place = max(self._newest - last, before_all)
-            else:
-                place = self._find_number(last_id)
-                if place < before_all:
-                    place = before_all
-                    first_frame = self._gap(last_id)
-            if self._history and place == self._newest and not first_frame:
-                # An ID without data dispatches nothing (standard, 9.2.6), but now the
-                # client has an ID to come back with.
-                last_id = self._log[place].id or f"{self._epoch}-{place}"
-                first_frame = encode_event(id=last_id)
+            place, last_id, first_frame = self._log.resume(last_id, last)
             self._start_fan_out()
             subscription = _Subscription(client, place, last_id)
             self._subscriptions[subscription] = None
@@ -1214,30 +1260,10 @@ class Channel:
     def _start_fan_out(self) -> None:
         """Start the fan-out thread, if it is needed and does not run (locked)."""
         if self._fan_out_thread is None and not self._closed:
-            self._taken = self._newest
+            self._taken = self._log.newest
             thread = threading.Thread(target=self._run, daemon=True)
             thread.start()  # It waits for the lock.
             self._fan_out_thread = thread
-
-    def _find_number(self, id_: str) -> int:
-        """Return the number of the event with that ID, -1 if it is unknown (locked)."""
-        if id_ in self._numbers:
-            return self._numbers[id_]
-        epoch, _, digits = id_.rpartition("-")
-        is_ours = epoch == self._epoch and re.fullmatch("0|[1-9][0-9]*", digits)
-        # Thousands of digits would be too many for int().
-        if not is_ours or len(digits) > len(str(self._newest)):
-            return -1
-        return int(digits) if int(digits) <= self._newest else -1
-
-    def _gap(self, last_id: str) -> bytes:
-        """Return the event which says that events after `last_id` are lost (locked)."""
-        if self._gap_event is None or not self._history:
-            return b""
-        # The events that follow give the client a new ID. Where there are none yet, it
-        # gets one here, so that its next reconnect finds no gap.
-        id_ = None if self._newest else f"{self._epoch}-0"
-        return encode_event(last_id, event=self._gap_event, id=id_)
 
     def _limit_of(self, subscription: _Subscription) -> int:
         """Return the number of the last event that _catch_up() may write (locked)."""
@@ -1245,7 +1271,7 @@ class Channel:
             return subscription.last_number
         if self._fan_out_thread is not None:
             return self._taken  # The fan-out thread will write what comes later.
-        return self._newest  # The channel is closed.
+        return self._log.newest  # The channel is closed.
 
     def _catch_up(self, subscription: _Subscription) -> bool:
         """Write one piece to a subscriber that is behind (client locked).
@@ -1259,13 +1285,13 @@ class Channel:
             if place >= limit:
                 return False
             # A subscriber at the place 4 needs event 5. Has the log dropped it?
-            is_overtaken = place + 1 < self._first
+            is_overtaken = place + 1 < self._log.first
             if is_overtaken:
                 # The limit of a closed client may have been dropped as well.
-                place = min(self._first - 1, limit)
-                gap = self._gap(subscription.last_id)
-            frames, place = self._frames_after(place, limit)
-            last_id = self._log[place].id if frames else subscription.last_id
+                place = min(self._log.first - 1, limit)
+                gap = self._log.gap_after(subscription.last_id)
+            frames, place = self._log.frames_after(place, limit, self.piece_size)
+            last_id = self._log.events[place].id if frames else subscription.last_id
         if is_overtaken and not gap:  # A reset is better than a silent loss.
             client._end("the channel's history has overtaken it")
             return False
@@ -1275,13 +1301,12 @@ class Channel:
 
     def _stop_after_newest(self, subscription: _Subscription) -> None:
         """Send a subscriber nothing that is published from now on (client locked)."""
-        subscription.last_number = self._newest
+        subscription.last_number = self._log.newest
 
     def _remove(self, subscription: _Subscription) -> None:
         """Forget a subscriber (client locked)."""
-        subscription.is_active = (
-            False  # The fan-out thread may be about to write to it.
-        )
+        # The fan-out thread may be about to write to it.
+        subscription.is_active = False
         with self._lock:
             self._subscriptions.pop(subscription, None)
             is_last = not self._subscriptions
@@ -1304,7 +1329,7 @@ class Channel:
 
     def _stop_if_unneeded(self) -> bool:
         with self._lock:
-            is_done = self._closed and self._taken == self._newest
+            is_done = self._closed and self._taken == self._log.newest
             if self._subscriptions and not is_done:
                 return False
             self._fan_out_thread = None
@@ -1313,12 +1338,12 @@ class Channel:
     def _take_piece(self) -> _Piece | None:
         """Return what is to be written next; None if there is nothing."""
         with self._lock:
-            begin = self._taken
-            if begin == self._newest:
+            begin, newest = self._taken, self._log.newest
+            if begin == newest:
                 return None
-            plain, end = self._frames_after(begin, self._newest)
+            plain, end = self._log.frames_after(begin, newest, self.piece_size)
             chunk = _encode_chunk(plain)
-            last_id = self._log[end].id
+            last_id = self._log.events[end].id
             piece = _Piece(begin, end, last_id, plain, chunk, list(self._subscriptions))
             self._taken = end
             return piece
