@@ -41,7 +41,8 @@ This is the life of a stream, and which thread does what:
     thread for it (SSEServer.process_request).
   * The request's own thread reads the head (SSERequestHandler._read_head), finds
     `do_GET` (_call_method), checks who asks (serve_stream), and calls the program's
-    `on_connection`. Then it sleeps until the stream ends (Client.wait).
+    `on_connection`. Then it sleeps until the stream is closed (Client.wait), and until
+    it has ended (Client._finish).
   * Any thread may send an event (Client.send), publish one (Channel.publish), or end
     the stream (Client.close). The first event takes the head along.
   * The fan-out thread, one per channel, writes each published event to all
@@ -52,8 +53,8 @@ This is the life of a stream, and which thread does what:
     take at once (Client._send_more), and to slow subscribers what they missed
     (Channel._catch_up). Several times per second it looks at the clock: it sends
     keep-alive comments, and ends streams that do not move (Client._do_what_is_due).
-  * When the stream has ended, the request's own thread runs the `on_close` callbacks
-    (Client._finish) and closes the connection (SSEServer.shutdown_request).
+  * At last the request's own thread runs the `on_close` callbacks and closes the
+    connection (SSEServer.shutdown_request).
 
 "Standard" below means section 9.2 of HTML, https://html.spec.whatwg.org/#server-sent-events
 """
@@ -438,26 +439,29 @@ class Client:
         is_own_thread = threading.get_ident() == self._own_thread
         try:
             with self._lock:
-                # The request's own thread waits below, so it cannot get far ahead.
-                if not is_own_thread:
-                    self._end_if_over_limit()
-                self._raise_if_closed()
-                self._write_frames(frames)
-                self._raise_if_closed()  # The write may have failed.
-                if is_own_thread:
-                    self._awaited_size = self._backlog_size
-        except BrokenPipeError:
-            raise
+                self._write_or_raise(frames, is_own_thread)
         except BaseException:
-            # A signal handler has raised this, in the main thread. Perhaps half of a
-            # chunk is out.
             _release_if_owned(self._lock)
-            self._reset("an exception interrupted a send")
             raise
         if is_own_thread:
             self._sleep_until(lambda: self._awaited_size <= 0 or self._has_ended())
             if self._awaited_size > 0:  # It has ended with these bytes in the backlog.
                 self._raise_if_closed()
+
+    def _write_or_raise(self, frames: bytes, is_own_thread: bool) -> None:
+        """Write `frames`; raise BrokenPipeError if the stream is closed (locked)."""
+        # The request's own thread waits for its bytes, so it cannot get far ahead.
+        if not is_own_thread:
+            self._end_if_over_limit()
+        self._raise_if_closed()
+        try:
+            self._write_frames(frames)
+        except BaseException:  # Ctrl-C, or MemoryError: half of a chunk may be out.
+            self._end("an exception interrupted a write")
+            raise
+        self._raise_if_closed()  # The write may have failed.
+        if is_own_thread:
+            self._awaited_size = self._backlog_size
 
     def _end_if_over_limit(self) -> None:
         """Reset a stream whose backlog is over the limit already (locked).
@@ -616,7 +620,7 @@ class Client:
         RST, because SSERequestHandler.setup has closed the file that shared the socket.
         This cannot be left to the request's own thread, which may be busy.
 
-        The state changes last. So if an exception interrupts this, it can be repeated.
+        The state changes last, so that this can be repeated if it was interrupted.
         """
         if self._state is _ENDED:
             self._wakeup.set()
@@ -955,9 +959,10 @@ class _Log:
     def append(self, data: str | None, event: str | None, id_: str | int | None) -> str:
         """Add an event and return its ID.
 
-        An exception of a signal handler does no harm. Before the event is committed, it
-        leaves only an entry that the next event overwrites. After that, the event goes
-        out.
+        An exception of a signal handler loses no event. Before the event is committed,
+        it leaves only an entry that the next event overwrites. After that, the event
+        goes out. (If it had no time to note an ID of the program's own, a client that
+        comes back with that ID finds a gap.)
         """
         number = self.newest + 1
         is_named = id_ is not None
@@ -1178,11 +1183,13 @@ class Channel:
 
         That is everything after its last event ID, or after the ID `after` if that is
         given. A client that names no ID gets the newest `last` events. If the history
-        no longer holds the ID, the client gets a gap event and all that is held.
+        no longer holds the ID, the client gets a gap event and the whole history. One
+        that has unsubscribed before gets only what is published from now on, or what
+        came after the ID `after`.
 
-        It does not wait until all of that is out. If the channel is closed, the
-        client gets what it missed, and after `close(end_streams=True)` its end. To
-        subscribe a client again changes nothing.
+        It does not wait until all of that is out. If the channel is closed, the client
+        gets what it missed, and after `close(end_streams=True)` its end. If the client
+        is subscribed already, nothing changes.
 
         Raises BrokenPipeError if the stream is closed. Raises ValueError if `last` is
         negative, or if the client is subscribed to another channel with a history:
@@ -1597,7 +1604,7 @@ class SSERequestHandler(BaseHTTPRequestHandler):
             self._hold_stream(client, on_connection or self.server.on_connection)
         else:
             self._take_back_connection()
-            self._answer_as_full("the selector takes no more sockets\n")
+            self._answer_as_full("no more streams can be watched\n")
 
     def _hold_stream(
         self, client: Client, on_connection: Callable[[Client], object] | None
@@ -2347,7 +2354,7 @@ class SSEServer(ThreadingHTTPServer):
         with self._lock:
             if self._is_closing:
                 return False
-            has_room = len(self._slots) < self.max_connections  # spares a look at each
+            has_room = len(self._slots) < self.max_connections
             if has_room or self._make_room(_REGULAR, self.max_connections):
                 slot.kind = _REGULAR
             elif self._make_room(_SURPLUS, _MAX_SURPLUS):
