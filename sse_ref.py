@@ -466,7 +466,7 @@ class Client:
     def _end_if_over_limit(self) -> None:
         """Reset a stream whose backlog is over the limit already (locked).
 
-        What is about to be sent does not count. So one event is never too large.
+        What is about to be sent does not count. So no event is too large by itself.
         """
         is_over_limit = self._backlog_size > self._server.max_backlog
         if is_over_limit and self._state is _OPEN:
@@ -1183,9 +1183,8 @@ class Channel:
 
         That is everything after its last event ID, or after the ID `after` if that is
         given. A client that names no ID gets the newest `last` events. If the history
-        no longer holds the ID, the client gets a gap event and the whole history. One
-        that has unsubscribed before gets only what is published from now on, or what
-        came after the ID `after`.
+        no longer holds the ID, the client gets a gap event and the whole history. For
+        one that has unsubscribed before, its last event ID does not count any more.
 
         It does not wait until all of that is out. If the channel is closed, the client
         gets what it missed, and after `close(end_streams=True)` its end. If the client
@@ -1205,11 +1204,9 @@ class Channel:
             others = [other for other in client._subscriptions if other._log.history]
             if self._log.history and others:
                 raise ValueError("the client is subscribed to another history already")
-            if last_id is None and client._has_resumed:
-                # It has unsubscribed, and gets what is published from now on.
-                last_id, last = "", 0
-            elif last_id is None:
-                last_id = client.last_event_id
+            if last_id is None:
+                # One that has unsubscribed gets what is published from now on.
+                last_id = "" if client._has_resumed else client.last_event_id
             client._has_resumed = client._has_resumed or self._log.history > 0
             first_frame = self._add(client, last_id, last)
             # The first of these three that sends something sends the head, too.
@@ -1221,7 +1218,10 @@ class Channel:
             client.close()
 
     def unsubscribe(self, client: Client) -> None:
-        """Send `client` no more events, not even those that it has missed."""
+        """Send `client` no more events, not even those that it has missed.
+
+        What is in its backlog already is still delivered.
+        """
         with client._lock:
             subscription = client._subscriptions.pop(self, None)
             if subscription is not None:
