@@ -167,8 +167,8 @@ def _lines(name: str, text: object) -> list[str]:
     if not isinstance(text, str):
         advice = "; json.dumps() turns other values into one" if name == "data" else ""
         raise TypeError(f"{name} must be str, not {type(text).__name__}{advice}")
-    # Even if `text` is of a subclass of str, the lines are plain str. A subclass could
-    # have a __format__ that brings a line break into the f-string of encode_comment.
+    # The lines are plain str, even if `text` is of a subclass. Such a one could have a
+    # __format__ that brings a line break into the f-string of encode_comment.
     return _LINE_BREAK.split(text)
 
 
@@ -344,7 +344,7 @@ class Client:
         self._interest = _NOT_WATCHED  # the interest mask in the I/O thread's selector
         self._received = 0  # bytes that the peer has sent on the open stream
         self._subscriptions: dict[Channel, _Subscription] = {}
-        self._has_resumed = False  # It has got what it missed; see Channel.subscribe.
+        self._has_resumed = False  # It was subscribed to a channel with a history.
         self._reset_reason = ""
         self._callbacks: list[Callable[[Client], object]] = []
 
@@ -402,7 +402,7 @@ class Client:
         as their logs hold it.)
         """
         with self._lock:
-            self._send_head()  # The kernel may say now that the peer has left.
+            self._send_head()  # If this fails, the stream has ended.
             if self.closed:
                 return
             self._enter(_DRAINING)
@@ -457,6 +457,7 @@ class Client:
         try:
             self._write_frames(frames)
         except BaseException:  # Ctrl-C, or MemoryError: half of a chunk may be out.
+            _release_if_owned(self._io_thread._lock)
             self._end("an exception interrupted a write")
             raise
         self._raise_if_closed()  # The write may have failed.
@@ -512,20 +513,11 @@ class Client:
 
     def _write_bytes(self, data: bytes) -> None:
         """Hand `data` to the kernel; the backlog gets what is left (locked)."""
-        if self._state is _ENDED:
-            return
         sent = 0
-        if not self._backlog:
-            self._idle_since = time.monotonic()
-            try:
-                sent = self._socket.send(data)
-            except BlockingIOError:
-                pass
-            except OSError:
-                self._end()
-                return
-            if sent == len(data):
-                return
+        if not self._backlog and self._state is not _ENDED:
+            sent = self._hand_to_kernel(data)
+        if sent == len(data) or self._state is _ENDED:
+            return
         self._backlog_size += len(data) - sent
         if self._backlog and len(self._backlog[-1]) + len(data) < self._joined_size:
             # Many small parts would take more memory than they hold. (There was a
@@ -534,6 +526,18 @@ class Client:
         else:
             self._backlog.append(memoryview(data)[sent:])
         self._watch_for_writing()
+
+    def _hand_to_kernel(self, data: bytes | memoryview) -> int:
+        """Return how many bytes the kernel has taken; end if it fails (locked)."""
+        try:
+            sent = self._socket.send(data)
+        except BlockingIOError:
+            return 0
+        except OSError:
+            self._end()
+            return 0
+        self._idle_since = time.monotonic()
+        return sent
 
     def _watch_for_writing(self) -> None:
         """Have the I/O thread call `_send_more` when the socket takes more (locked)."""
@@ -583,14 +587,9 @@ class Client:
     def _flush_backlog(self) -> None:
         """Hand the kernel what it takes of the first part of the backlog (locked)."""
         part = self._backlog[0]
-        try:
-            sent = self._socket.send(part)
-        except BlockingIOError:
+        sent = self._hand_to_kernel(part)
+        if not sent:
             return
-        except OSError:
-            self._end()
-            return
-        self._idle_since = time.monotonic()
         self._backlog_size -= sent
         if sent < len(part):
             self._backlog[0] = part[sent:]
@@ -760,7 +759,7 @@ class _IOThread:
     def __init__(self) -> None:
         # Guards the selector's map and the attributes below. The thread does not hold
         # it while it waits for readiness.
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # not Lock, see _release_if_owned
         self._clients: set[Client] = set()
         self._thread: threading.Thread | None = None
         self._stopped = False
@@ -1074,7 +1073,7 @@ class _Piece(NamedTuple):
     end: int  # the place after them
     last_id: str  # of the last of them
     plain: bytes  # their frames
-    chunk: bytes  # their frames as a chunk
+    chunk: bytes  # the same as a chunk; empty if they are too large to be copied
     subscriptions: list[_Subscription]
 
 
@@ -1278,7 +1277,7 @@ class Channel:
             return subscription.last_number
         if self._fan_out_thread is not None:
             return self._taken  # The fan-out thread will write what comes later.
-        return self._log.newest  # The channel is closed.
+        return self._log.newest  # Nothing more is published to it.
 
     def _catch_up(self, subscription: _Subscription) -> bool:
         """Write one piece to a subscriber that is behind (client locked).
@@ -1349,7 +1348,8 @@ class Channel:
             if begin == newest:
                 return None
             plain, end = self._log.frames_after(begin, newest, self.piece_size)
-            chunk = _encode_chunk(plain)
+            is_large = len(plain) >= Client._shared_size
+            chunk = b"" if is_large else _encode_chunk(plain)
             last_id = self._log.events[end].id
             piece = _Piece(begin, end, last_id, plain, chunk, list(self._subscriptions))
             self._taken = end
@@ -1370,7 +1370,10 @@ class Channel:
                         continue
                     keeps_up = subscription.place == begin and not client._backlog
                     if keeps_up and client._state is _OPEN:
-                        client._write_bytes(chunk if client._is_chunked else plain)
+                        if chunk and client._is_chunked:
+                            client._write_bytes(chunk)
+                        else:
+                            client._write_frames(plain)
                         subscription.place = end
                         subscription.last_id = last_id
                     elif subscription.place < end:
@@ -1441,7 +1444,7 @@ def _standard_refusal(status: int) -> Refusal:
 
 
 def _header_pairs(headers: Headers) -> list[tuple[str, str]]:
-    """Return `headers` as pairs; raise ValueError or TypeError for what is not one."""
+    """Return `headers` as pairs; raise ValueError or TypeError if one is no header."""
     pairs = list(headers.items() if isinstance(headers, Mapping) else headers)
     ours = {"content-type", "content-length", "transfer-encoding", "connection"}
     for name, value in pairs:
@@ -1478,18 +1481,18 @@ class _ConnectionIO(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any, /) -> int:
+        timeout = self._connection.gettimeout()  # BaseHTTPRequestHandler.timeout
         seconds = self.deadline - time.monotonic()
-        if seconds <= 0:
-            self.is_late = True
-            return 0  # BufferedReader takes this for the end.
-        timeout = self._connection.gettimeout()
-        self._connection.settimeout(None if seconds == inf else seconds)
         try:
+            if seconds <= 0:
+                raise socket.timeout
+            if seconds < inf:
+                self._connection.settimeout(seconds)
             return self._connection.recv_into(buffer)
-        except socket.timeout:
-            self.is_late = True
-            return 0
         except OSError as error:
+            if isinstance(error, socket.timeout) and seconds < inf:
+                self.is_late = True
+                return 0  # BufferedReader takes this for the end.
             self.error = error
             raise
         finally:
@@ -2013,7 +2016,7 @@ _HOST = re.compile(
     ( \[ (?P<address> [0-9a-f:.]+ ) \]     # [::1]
     | (?P<name> [^\s:/?#@\[\]\\]+ )        # example.org or 127.0.0.1
     )
-    ( : (?P<port> [0-9]* ) )?             # perhaps a port
+    ( : [0-9]* )?                         # perhaps a port
     """,
     re.VERBOSE,
 )
@@ -2355,12 +2358,10 @@ class SSEServer(ThreadingHTTPServer):
             if self._is_closing:
                 return False
             has_room = len(self._slots) < self.max_connections
-            if has_room or self._make_room(_REGULAR, self.max_connections):
-                slot.kind = _REGULAR
-            elif self._make_room(_SURPLUS, _MAX_SURPLUS):
+            if not (has_room or self._make_room(_REGULAR, self.max_connections)):
+                if not self._make_room(_SURPLUS, _MAX_SURPLUS):
+                    return False
                 slot.kind = _SURPLUS
-            else:
-                return False
             self._slots[request] = slot
             return True
 
@@ -2515,8 +2516,8 @@ def _resolve(address: tuple[str, int]) -> tuple[socket.AddressFamily, Any]:
 
 def _join(threads: Iterable[threading.Thread], deadline: float) -> None:
     for thread in threads:
-        # One that has not been started yet does not matter: if it begins a stream, that
-        # is closed at once.
+        # One that has not been started yet does not matter: a stream that it begins is
+        # closed at once, or refused.
         if thread.is_alive() and thread is not threading.current_thread():
             thread.join(max(deadline - time.monotonic(), 0))
 

@@ -1629,6 +1629,14 @@ class ABody(RequestCase):
         answer = self.ask(server, b"\r\n".join(lines))
         self.assertIn(b"HTTP/1.1 413 ", answer)
 
+    def test_that_a_program_reads_by_itself_keeps_the_time_out_of_http_server(self):
+        class Handler(answering(lambda handler: handler.rfile.read(5))):
+            timeout = 0.1
+
+        server = self.serve(handler=Handler)
+        head = b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\n\r\n"
+        self.assertEqual(self.ask(server, head), b"")
+
     def test_is_not_taken_for_whole_when_the_server_stops(self):
         server = self.serve_bodies()
         with self.assert_logs():
@@ -1698,6 +1706,11 @@ class ARefusal(RequestCase):
                     answer = self.answer(server, "/sse")
                     self.assertNotEqual(answer.status, 302)
                     self.assertNotIn("X-Evil", answer.headers)
+
+    def test_does_not_take_a_header_that_is_no_text(self):
+        for header in (("X", 5), (5, "x"), ("X", b"x")):
+            with self.subTest(header), self.assertRaises(TypeError):
+                sse_ref.Refusal(404, headers=[header])
 
     def test_has_a_status_from_200_to_599(self):
         for status in (200, 299, 404, 418, 599, HTTPStatus.NOT_FOUND):
@@ -4008,6 +4021,16 @@ class ASlowSubscriber(ChannelCase):
         self.assertLess(tracemalloc.get_traced_memory()[0], 25_000_000)
         self.assertEqual(len(channel.clients), 11)
 
+    @unittest.skipUnless(tracemalloc, "needs tracemalloc")
+    def test_shares_a_large_event_with_the_history(self):
+        channel = self.channel()
+        self.subscribers(channel, 5, max_backlog=2**30)
+        tracemalloc.start()
+        self.addCleanup(tracemalloc.stop)
+        channel.publish("x" * 20_000_000)  # None of them reads it.
+        channel.close()  # returns when it has been written to all
+        self.assertLess(tracemalloc.get_traced_memory()[0], 30_000_000)
+
     def test_is_told_of_a_gap_once_the_history_has_overtaken_it(self):
         channel = self.channel(history=20)
         healthy, slow = self.subscribers(channel, 2)
@@ -4636,6 +4659,25 @@ class TheThreads(StreamCase):
             wait_until(lambda: threading.active_count() == before + 1 + 3 + 1 + 1)
             for peer in peers:
                 peer.close()
+            wait_until(lambda: threading.active_count() == before + 1 + 1)
+
+    def test_end_a_stream_in_which_a_send_has_failed_half_way(self):
+        class Unlucky(socket.socket):
+            def send(self, data, *flags):
+                if b"large" in bytes(data):
+                    super().send(bytes(data)[:5])
+                    raise MemoryError
+                return super().send(data, *flags)
+
+        before, server = threading.active_count(), self.serve()
+        replace_sockets(server, Unlucky)
+        peer = self.connect(server)
+        client = self.client_of(server, peer)
+        with self.logged():
+            with self.assertRaises(MemoryError):
+                client.send("large")
+            with self.assertRaises(BrokenPipeError):
+                client.send("not into the middle of that")
             wait_until(lambda: threading.active_count() == before + 1 + 1)
 
     def test_survive_a_memory_error_on_one_socket(self):
