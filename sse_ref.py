@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: 0BSD
-r"""Server-sent events on Python's own http.server: a reference to run, paste and read.
+r"""Server-sent events on Python's http.server: one file to run, to paste and to read.
 
     python sse_ref.py
     curl http://localhost:8080            # prints okay, and the connection closes
     curl -N http://localhost:8080/sse     # prints data: hi there!, and stays open
 
-An event stream is an HTTP response that does not end. A browser reads it with
-`new EventSource(url)`. With http.server alone, nine lines serve one:
+An event stream is an HTTP response that does not end. Whenever there is news, the
+server writes an event to it. A browser reads it with `new EventSource(url)`. With
+plain http.server, nine lines serve one:
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
@@ -19,41 +20,38 @@ An event stream is an HTTP response that does not end. A browser reads it with
 
     ThreadingHTTPServer(("127.0.0.1", 8080), Handler).serve_forever()
 
-README.md turns them into ninety lines, which have the same kinds of threads as this
-file, but none of its care. Read those first.
+README.md ("How it works") turns them into ninety lines with the same kinds of threads
+as this file. Read those first. Then each chapter here solves a problem that the nine
+lines have:
 
-Chapters 1 to 6 of this file begin with what the nine lines get wrong, and mend it:
-
-    1. An event          text with line breaks
+    1. An event          text that contains line breaks
     2. One stream        slow readers, readers that leave, several writing threads
-    3. Many streams      one event for all, and what a reader missed
+    3. Many streams      one event for everybody, and what a reader has missed
     4. A request         malformed heads, errors, a stream in answer to a POST
     5. Who gets in       pages of other origins, users
-    6. The server        too many connections, slow ones, an orderly stop
+    6. The server        too many connections, slow ones, an orderly shutdown
     7. The command line
 
-Chapters 1 to 3 are about event streams, chapters 4 to 7 about serving them with
-http.server. To understand event streams it is enough to read the first three.
+Chapters 1 to 3 are about event streams. Chapters 4 to 7 are about serving them with
+http.server; you can understand event streams without them.
 
 This is the life of a stream, and which thread does what:
 
-  * The thread that called `run` or `serve_forever` accepts a connection and starts a
+  * The thread that called `run` or `serve_forever` accepts the connection and starts a
     thread for it (SSEServer.process_request).
-  * The request's own thread reads the head (SSERequestHandler._read_head), finds
-    `do_GET` (_call_method), checks who asks (serve_stream), and calls the program's
-    `on_connection`. Then it sleeps until the stream is closed (Client.wait), and until
-    it has ended (Client._finish).
-  * Any thread may send an event (Client.send), publish one (Channel.publish), or end
-    the stream (Client.close). The first event takes the head along.
-  * The fan-out thread, one per channel, writes each published event to all
-    subscribers that keep up (Channel._fan_out). It runs while there are subscribers to
-    an open channel.
+  * The request's own thread reads the head (SSERequestHandler._read_head), calls
+    `do_GET` (_call_method), checks who is asking (serve_stream), and runs the program's
+    `on_connection`. Then it sleeps until the stream has ended (Client._finish).
+  * Any thread may send an event (Client.send), publish one (Channel.publish), or close
+    the stream (Client.close).
+  * The fan-out thread, one per channel, writes each published event to the subscribers
+    that keep up (Channel._fan_out).
   * The I/O thread, one per server, watches all open streams with a selector. It
-    notices that a peer has left (Client._read_input). It sends what the kernel did not
-    take at once (Client._send_more), and to slow subscribers what they missed
-    (Channel._catch_up). Several times per second it looks at the clock: it sends
-    keep-alive comments, and ends streams that do not move (Client._do_what_is_due).
-  * At last the request's own thread runs the `on_close` callbacks and closes the
+    notices when a peer leaves (Client._read_input). It sends what the kernel would not
+    take at first, and brings slow subscribers up to date (Client._send_more). Several
+    times per second it checks the time: it sends keep-alive comments, and ends streams
+    that are stuck (Client._do_what_is_due).
+  * Finally the request's own thread runs the `on_close` callbacks and closes the
     connection (SSEServer.shutdown_request).
 
 "Standard" below means section 9.2 of HTML, https://html.spec.whatwg.org/#server-sent-events
@@ -104,12 +102,12 @@ logger = logging.getLogger("sse_ref")
 
 # --- 1. An event ------------------------------------------------------------------
 #
-# The nine lines put text behind "data: " as it is. If a user could choose that text, it
-# might have line breaks: "hi\nid: 9" would set the reader's last event ID, and an empty
-# line would end the event.
+# The nine lines write "data: " and then the text as it is. Text that contains line
+# breaks would become something else: "hi\nid: 9" would change the reader's last event
+# ID, and an empty line would end the event too early.
 
 # Standard, 9.2.5: a line ends with CR LF, CR or LF. str.splitlines() would also break
-# at U+2028, U+0085, form feed and others, which are data.
+# lines at U+2028, U+0085, form feed and others, which are ordinary characters here.
 _LINE_BREAK = re.compile(r"\r\n|\r|\n")
 
 
@@ -120,18 +118,18 @@ def encode_event(
     id: str | int | None = None,
     retry: int | None = None,
 ) -> bytes:
-    r"""Return one event as it goes over the wire: a line per field, then a blank line.
+    r"""Return one event as it goes over the wire: one line per field, and a blank line.
 
     >>> encode_event("one\ntwo", event="news", id=7)
     b'event: news\nid: 7\ndata: one\ndata: two\n\n'
 
     `data` is the text of the event; `""` is an event with empty data. `event` is its
-    type; without one it is a "message". `id` becomes the client's last event ID; `""`
+    type; the default type is "message". `id` becomes the client's last event ID; `""`
     resets it. `retry` is the reconnection time in milliseconds.
 
     Raises TypeError if a field has another type. Raises ValueError if no field is
-    given, and for what a reader would not understand as it was meant: a line break in
-    `event` or `id`, a NUL in `id`, a negative `retry`, a lone surrogate.
+    given, or if a reader would misunderstand a field: a line break in `event` or `id`,
+    a NUL in `id`, a negative `retry`, a lone surrogate.
     """
     lines = []
     if event is not None:
@@ -139,7 +137,7 @@ def encode_event(
     if retry is not None:
         if not _is_int(retry):
             raise TypeError(f"retry must be int, not {type(retry).__name__}")
-        if retry < 0:  # The standard, 9.2.6, ignores all but ASCII digits.
+        if retry < 0:  # Standard, 9.2.6: readers ignore all but ASCII digits.
             raise ValueError("retry must not be negative")
         lines.append(f"retry: {int(retry)}")
     if id is not None:
@@ -153,22 +151,25 @@ def encode_event(
 
 
 def encode_comment(text: str = "") -> bytes:
-    """Return `text` as comment lines, which every reader ignores (standard, 9.2.6).
+    """Return `text` as comment lines, which readers ignore (standard, 9.2.6).
 
-    No blank line follows: it would dispatch nothing, but some clients report an empty
-    event at every blank line.
+    No blank line follows them. By the standard it would do nothing, but some clients
+    report an empty event at every blank line.
 
-    Raises TypeError if `text` is not str, ValueError if it holds a lone surrogate.
+    Raises TypeError if `text` is not str, ValueError if it has a lone surrogate.
     """
     return "".join(f": {line}\n" for line in _lines("a comment", text)).encode()
 
 
 def _lines(name: str, text: object) -> list[str]:
+    """Return the lines of `text` as plain str.
+
+    Even if `text` belongs to a subclass of str, its lines do not. A subclass could have
+    a __format__ that brings a line break into the f-string of encode_comment.
+    """
     if not isinstance(text, str):
         advice = "; json.dumps() turns other values into one" if name == "data" else ""
         raise TypeError(f"{name} must be str, not {type(text).__name__}{advice}")
-    # The lines are plain str, even if `text` is of a subclass. Such a one could have a
-    # __format__ that brings a line break into the f-string of encode_comment.
     return _LINE_BREAK.split(text)
 
 
@@ -181,7 +182,7 @@ def _one_line(name: str, text: object) -> str:
 
 def _id_text(id_: str | int) -> str:
     text = str(int(id_)) if _is_int(id_) else _one_line("id", id_)
-    if "\0" in text:  # Standard, 9.2.6: an id that contains U+0000 is ignored.
+    if "\0" in text:  # Standard, 9.2.6: readers ignore an id that contains U+0000.
         raise ValueError("id must not contain NUL")
     return text
 
@@ -196,9 +197,10 @@ def _encode_chunk(frames: bytes) -> bytes:
     >>> _encode_chunk(b"data: a\n\n" + b"data: b\n\n")
     b'12\r\ndata: a\n\ndata: b\n\n\r\n'
 
-    The size in front is hexadecimal. What is written at once is one chunk. A library
-    that waited until a chunk is full would delay events (standard, 9.2.7).
+    The size in front is hexadecimal. Each write is one chunk: a library that waited
+    until a chunk is full would delay events (standard, 9.2.7).
     """
+    assert frames, "an empty chunk would end the body"
     return b"%x\r\n%b\r\n" % (len(frames), frames)
 
 
@@ -209,101 +211,96 @@ _KEEPALIVE = encode_comment("keep-alive")
 
 # --- 2. One stream ----------------------------------------------------------------
 #
-# In the nine lines a write waits for a slow reader, and whoever writes waits with it.
-# Two threads that write to one stream may mix their bytes. Nobody notices that a reader
-# has left until a write fails. And while nothing is written, proxies take the
-# connection for dead. A Client mends this with a lock, a backlog and the I/O thread.
+# In the nine lines a write blocks while the reader is slow, and so does the thread that
+# writes. If two threads write to one stream, their bytes may get mixed. Nobody notices
+# that a reader has left until a write fails. And proxies close a connection on which
+# nothing happens for a minute. A Client solves this with a lock, a backlog, and the
+# help of the I/O thread.
 #
-# A frame is an event or a comment, as bytes. The backlog is what was sent to a client
-# and the kernel has not taken yet.
+# Some words: a frame is an event or a comment in bytes. The backlog of a client is what
+# was sent to it and the kernel has not taken yet. A stream is reset when it ends with a
+# TCP RST: the peer sees an error, and what the kernel still holds for it is lost.
 #
-# These are the states of a Client:
+# A Client is in one of four states:
 #
-#   HEAD_PENDING --first frame--> OPEN --close()--> DRAINING --all is out--> ENDED
+#   HEAD_PENDING --first frame--> OPEN --close()--> DRAINING --all is sent--> ENDED
 #
-# The first two may also lead to ENDED directly: the peer leaves, for example.
+# The first two can also lead to ENDED directly, for example when the peer leaves.
 #
-#   state         send() then              what is still delivered
-#   -----         -----------              -----------------------
-#   HEAD_PENDING  sends the head, too      -
+#   state         send()                   what is still delivered
+#   -----         ------                   -----------------------
+#   HEAD_PENDING  sends the head as well   -
 #   OPEN          sends                    everything
 #   DRAINING      raises BrokenPipeError   what was sent or published before close()
-#   ENDED         raises BrokenPipeError   what the kernel has; nothing after a reset
+#   ENDED         raises BrokenPipeError   what the kernel holds; nothing after a reset
 #
-# So "closed" means that nothing more can be sent (DRAINING or ENDED), and "ended" that
-# all is out, or lost (ENDED).
+# A stream is "closed" when nothing more can be sent on it (DRAINING or ENDED).
 #
-# wait(), close() and subscribe() also send the head, and so does the I/O thread after
-# half a second. If there is no event yet, a comment goes with it. As long as the head
-# is pending, the request can still be answered in another way.
+# While the head is pending, the program can still give another answer. The first frame
+# takes the head along. So do wait(), close() and subscribe(), and the I/O thread after
+# half a second; if there is no event at that moment, a comment goes with the head.
 #
-# Each client, each channel, the I/O thread and the server have a lock. A thread holds
-# at most two of them: first a client's lock, then one of another kind.
+# Every client, every channel and the server have a lock. A thread holds at most two of
+# them: first a client's lock, then that of a channel or of the server.
 #
-# "(locked)" at the end of a docstring says that the caller holds the lock of the
-# method's own object, and "(client locked)" that it holds the client's.
+# Methods whose docstring ends with "(locked)" are called with the lock of their own
+# object held, and "(client locked)" means the lock of the client.
 _HEAD_PENDING = "head pending"
 _OPEN = "open"
 _DRAINING = "draining"
 _ENDED = "ended"
-_NEXT_STATES = {
-    _HEAD_PENDING: {_OPEN, _ENDED},
-    _OPEN: {_DRAINING, _ENDED},
-    _DRAINING: {_ENDED},
-    _ENDED: set(),
-}
 
+# The interest mask of a stream in the I/O thread's selector.
 _NOT_WATCHED = 0
 _READ = selectors.EVENT_READ
 _READ_AND_WRITE = selectors.EVENT_READ | selectors.EVENT_WRITE
-_CHECK_INTERVAL = 0.25  # seconds from one look at the clock to the next
 
 
 class _Wakeup:
-    """Lets one thread sleep until another one calls `set()`, or has called it before.
+    """Lets one thread sleep until another thread calls `set()`.
 
-    It is a binary semaphore: a lock that `set()` releases and `wait()` acquires. A
-    `set()` that nobody has waited for ends the next `wait()`, so callers test their
-    condition in a loop.
+    If `set()` comes first, the next `wait()` returns at once. So `wait()` may return
+    although nothing has changed, and callers check their condition in a loop.
 
-    threading.Event would need more memory, and runs Python code while it holds a lock
-    of its own: if a signal handler raises an exception there, that lock stays held.
+    The lock serves as a binary semaphore: `wait()` acquires it, `set()` releases it.
+    threading.Event takes more memory, and it runs Python code while it holds a lock of
+    its own: if a signal handler raised an exception there, that lock would stay held.
     """
 
     def __init__(self) -> None:
-        self._held = threading.Lock()
-        self._held.acquire()
+        self._semaphore = threading.Lock()
+        self._semaphore.acquire()
 
     def set(self) -> None:
-        with contextlib.suppress(RuntimeError):  # It is set already.
-            self._held.release()
+        with contextlib.suppress(RuntimeError):  # It is released already.
+            self._semaphore.release()
 
     def wait(self, timeout: float = inf) -> None:
-        self._held.acquire(timeout=min(max(timeout, 0), threading.TIMEOUT_MAX))
+        self._semaphore.acquire(timeout=min(max(timeout, 0), threading.TIMEOUT_MAX))
 
 
 class Client:
     """One open event stream, as `on_connection` gets it.
 
-    `last_event_id`: the ID of the last event that the client had seen when it
-    connected, "" if none.
+    `last_event_id`: the ID of the last event that the client had received when it
+    connected, or "".
     `path`, `query`, `headers`: from its request; `path` has no query string.
     `address`: the host and port of the peer.
 
     A program may set attributes of its own, for example `client.user = "ada"`. Any
-    thread may call any method, except `wait`; signal handlers may not.
+    thread may call any method, except `wait`; signal handlers must not call them.
     """
 
     stall_timeout = 30.0
-    """Seconds after which a stream is ended whose backlog does not move."""
+    """Seconds after which a stream is reset if its backlog does not shrink."""
     head_delay = 0.5
-    """Seconds after which the head is sent even if nothing else was sent."""
+    """Seconds after which the head is sent even if there is no event yet."""
     max_input = 2**16
-    """Bytes that a client may send on an open stream before it is cut off."""
+    """Bytes that a client may send on an open stream; after more it is reset."""
 
     def __init__(  # noqa: PLR0913
         self,
-        server: SSEServer,  # for its options, and its I/O thread
+        server: SSEServer,  # for its options and its I/O thread
         connection: socket.socket,
         *,
         address: Any,
@@ -324,27 +321,27 @@ class Client:
         self._own_thread = threading.get_ident()
         self._wakeup = _Wakeup()  # The request's own thread sleeps on it.
 
-        # Guards writing to the socket, and changes of the attributes below.
+        # Guards writing to the socket and all attributes below.
         self._lock = threading.RLock()  # not Lock, see _release_if_owned
         self._state = _HEAD_PENDING
-        self._head = head  # to be sent before the first frame
-        # The first event follows, so there is no blank line after this field.
+        self._head = head
         retry = server.retry
         self._retry_line = b"" if retry is None else b"retry: %d\n" % retry
-        # To be sent after the last frame.
         self._tail = _LAST_CHUNK if is_chunked else b""
         self._backlog: list[memoryview] = []
         self._backlog_size = 0  # bytes
-        # How many of these bytes must be out before send() returns to the request's own
-        # thread.
+        # How much of the backlog must be sent before send() returns to the request's
+        # own thread. Channels may add to the backlog meanwhile.
         self._awaited_size = 0
-        # The time of the last of these: the client was made, bytes were written, or the
-        # kernel took no more. _do_what_is_due() counts from here.
-        self._idle_since = time.monotonic()
-        self._interest = _NOT_WATCHED  # the interest mask in the I/O thread's selector
+        # When the stream last made progress: it began, the kernel took bytes, or it
+        # had to wait for the reader. All time-outs count from here.
+        self._last_progress = time.monotonic()
+        self._interest = _NOT_WATCHED
         self._received = 0  # bytes that the peer has sent on the open stream
         self._subscriptions: dict[Channel, _Subscription] = {}
-        self._has_resumed = False  # It was subscribed to a channel with a history.
+        # The ID after which a channel resumes; only the first channel with a history
+        # does so.
+        self._resume_id = self.last_event_id
         self._reset_reason = ""
         self._callbacks: list[Callable[[Client], object]] = []
 
@@ -355,7 +352,7 @@ class Client:
 
     @property
     def closed(self) -> bool:
-        """True as soon as nothing more can be sent, whoever has ended the stream."""
+        """True as soon as nothing more can be sent, whichever side has closed it."""
         return self._state in (_DRAINING, _ENDED)
 
     def send(
@@ -369,8 +366,9 @@ class Client:
         """Send one event. The arguments are those of `encode_event`.
 
         Any thread may call this. What the kernel does not take at once waits in the
-        backlog, and the I/O thread sends it. Only the request's own thread waits until
-        what it sent has left the backlog; so a producer there keeps its reader's pace.
+        backlog, and the I/O thread sends it. Only in the request's own thread does this
+        method wait until the event has left the backlog, so a loop there runs at its
+        reader's pace.
 
         Raises BrokenPipeError if the stream is closed; let it pass out of
         `on_connection`. Raises what `encode_event` raises; then nothing is sent.
@@ -384,7 +382,7 @@ class Client:
     def wait(self, timeout: float | None = None) -> bool:
         """Sleep until the stream is closed, at most `timeout` seconds; return `closed`.
 
-        Only the request's own thread may call this; RuntimeError otherwise.
+        Only the request's own thread may call this; others get a RuntimeError.
         """
         if threading.get_ident() != self._own_thread:
             raise RuntimeError("wait() is for the request's own thread")
@@ -397,15 +395,14 @@ class Client:
     def close(self) -> None:
         """End the stream in good order, after all that was sent or published before.
 
-        Any thread may call this, at any time. It does not wait: what the kernel does
-        not take is sent by the I/O thread. (What channels have published is sent as far
-        as their logs hold it.)
+        Any thread may call this, at any time. It does not wait: the I/O thread sends
+        what is left. (Of a channel's events, that is what its log still holds.)
         """
         with self._lock:
             self._send_head()  # If this fails, the stream has ended.
             if self.closed:
                 return
-            self._enter(_DRAINING)
+            self._state = _DRAINING
             for channel, subscription in self._subscriptions.items():
                 channel._stop_after_newest(subscription)
             self._send_more()
@@ -414,8 +411,8 @@ class Client:
     def on_close(self, callback: Callable[[Client], object]) -> None:
         """Call `callback(client)` once, after the end of the stream.
 
-        The request's own thread calls it, when `on_connection` has returned. If the
-        stream has ended already, it is called at once, in the thread that asks for it.
+        The request's own thread calls it, after `on_connection` has returned. If the
+        stream has ended already, it is called at once, in the calling thread.
         """
         with self._lock:
             if self._state is not _ENDED:
@@ -425,58 +422,39 @@ class Client:
 
     # How bytes get to the kernel:
     #
-    #   send, comment ---> _send_frames ---> _write_frames ---> _write_bytes ---> kernel
-    #                                        adds the head,     leaves the rest
-    #                                        makes a chunk      to the backlog
+    #   send, comment ---> _send_frames --.
+    #                                     |---> _write_frames ---> _write ---> kernel
+    #   channels -------------------------'      adds the head,      | leaves the rest
+    #                                            makes a chunk       v
+    #                                                             backlog
+    #                                                                v
+    #   I/O thread ------> _send_more ------------------------> _flush_backlog ---> kernel
     #
-    #   Channel._fan_out ----(one chunk for all streams)------> _write_bytes ---> kernel
-    #
-    #   I/O thread ------> _send_more -----> _flush_backlog --------------------> kernel
-    #   subscribe, close              \---> Channel._catch_up --> _write_frames
+    # _send_more() is called when a socket with a backlog can take more. It flushes the
+    # backlog, and then has the channels write what the client has missed.
 
     def _send_frames(self, frames: bytes) -> None:
-        """Send frames of the program; see `send`."""
         is_own_thread = threading.get_ident() == self._own_thread
         try:
             with self._lock:
-                self._write_or_raise(frames, is_own_thread)
+                self._raise_if_closed()
+                # `frames` do not count, so no event is too large by itself. The own
+                # thread waits for its bytes below, so it cannot get far ahead.
+                is_over_limit = self._backlog_size > self._server.max_backlog
+                if is_over_limit and not is_own_thread:
+                    self._end("its backlog is over max_backlog")
+                else:
+                    self._write_frames(frames)
+                self._raise_if_closed()  # It may have ended just now.
+                if is_own_thread:
+                    self._awaited_size = self._backlog_size
         except BaseException:
             _release_if_owned(self._lock)
             raise
         if is_own_thread:
-            self._sleep_until(lambda: self._awaited_size <= 0 or self._has_ended())
-            if self._awaited_size > 0:  # It has ended with these bytes in the backlog.
+            self._sleep_until(lambda: self._awaited_size <= 0 or self._state is _ENDED)
+            if self._awaited_size > 0:  # It has ended, and these bytes are lost.
                 self._raise_if_closed()
-
-    def _write_or_raise(self, frames: bytes, is_own_thread: bool) -> None:
-        """Write `frames`; raise BrokenPipeError if the stream is closed (locked)."""
-        # The request's own thread waits for its bytes, so it cannot get far ahead.
-        if not is_own_thread:
-            self._end_if_over_limit()
-        self._raise_if_closed()
-        try:
-            self._write_frames(frames)
-        except BaseException:  # Ctrl-C, or MemoryError: half of a chunk may be out.
-            _release_if_owned(self._io_thread._lock)
-            self._end("an exception interrupted a write")
-            raise
-        self._raise_if_closed()  # The write may have failed.
-        if is_own_thread:
-            self._awaited_size = self._backlog_size
-
-    def _end_if_over_limit(self) -> None:
-        """Reset a stream whose backlog is over the limit already (locked).
-
-        What is about to be sent does not count. So no event is too large by itself.
-        """
-        is_over_limit = self._backlog_size > self._server.max_backlog
-        if is_over_limit and self._state is _OPEN:
-            self._end("its backlog is over max_backlog")
-
-    def _enter(self, state: str) -> None:
-        """Change the state; nothing else does (locked)."""
-        assert state in _NEXT_STATES[self._state]
-        self._state = state
 
     def _raise_if_closed(self) -> None:
         if self.closed:
@@ -485,172 +463,164 @@ class Client:
     def _send_head(self) -> None:
         """Send the head if it is still pending (locked)."""
         if self._state is _HEAD_PENDING:
-            self._write_frames(b"")  # This adds what the head needs.
-
-    _shared_size = 2**18  # bytes; from this size on, frames are not copied
+            # Proxies and browsers wait for the first bytes of the body.
+            self._write_frames(b"" if self._retry_line else _FIRST_COMMENT)
 
     def _write_frames(self, frames: bytes) -> None:
         """Write `frames` as one chunk, after the head if that is pending (locked)."""
-        head = b""
-        if self._state is _HEAD_PENDING:
-            self._enter(_OPEN)
-            head, self._head = self._head, b""
-            # `retry` becomes a field of the first event. If there is nothing else, a
-            # comment goes with the head, because proxies and browsers wait for the
-            # body to begin.
-            frames = (self._retry_line + frames) or _FIRST_COMMENT
-        assert frames, "an empty chunk would end the body (RFC 9112, 7.1)"
-        if not self._is_chunked:
-            self._write_bytes(head + frames)
-        elif len(frames) < self._shared_size:
-            self._write_bytes(head + _encode_chunk(frames))
-        else:  # The same large event may be in the backlogs of many slow subscribers.
-            self._write_bytes(b"%b%x\r\n" % (head, len(frames)))
-            self._write_bytes(frames)
-            self._write_bytes(b"\r\n")
+        try:
+            head = b""
+            if self._state is _HEAD_PENDING:
+                self._state = _OPEN
+                head, self._head = self._head, b""
+                # No blank line in between: it becomes a field of the first event.
+                frames = self._retry_line + frames
+            if not self._is_chunked:
+                self._write(head + frames)
+            elif len(frames) < self._shared_size:
+                self._write(head + _encode_chunk(frames))
+            else:
+                self._write(b"%b%x\r\n" % (head, len(frames)))
+                self._write(frames)
+                self._write(b"\r\n")
+        except BaseException:  # Ctrl-C or MemoryError: half of the chunk may be sent.
+            self._end("an exception interrupted a write")
+            raise
 
-    _joined_size = 2**13  # bytes; up to this size, parts of the backlog are joined
+    # Frames of this size are not copied into a chunk, because the same large event may
+    # be in the backlogs of many slow subscribers.
+    _shared_size = 2**18  # bytes
+    # Smaller parts of a backlog are joined, because each one costs memory and a system
+    # call.
+    _joined_size = 2**13  # bytes
 
-    def _write_bytes(self, data: bytes) -> None:
-        """Hand `data` to the kernel; the backlog gets what is left (locked)."""
+    def _write(self, data: bytes) -> None:
+        """Hand `data` to the kernel, and add the rest to the backlog (locked)."""
         sent = 0
-        if not self._backlog and self._state is not _ENDED:
+        if not self._backlog:
             sent = self._hand_to_kernel(data)
         if sent == len(data) or self._state is _ENDED:
             return
         self._backlog_size += len(data) - sent
-        if self._backlog and len(self._backlog[-1]) + len(data) < self._joined_size:
-            # Many small parts would take more memory than they hold. (There was a
-            # backlog before, so nothing of `data` has been sent.)
+        if self._backlog and len(self._backlog[-1]) + len(data) <= self._joined_size:
             self._backlog[-1] = memoryview(b"".join((self._backlog[-1], data)))
         else:
             self._backlog.append(memoryview(data)[sent:])
         self._watch_for_writing()
 
+    def _flush_backlog(self) -> None:
+        """Hand the kernel as much of the backlog as it takes (locked)."""
+        while self._backlog:
+            part = self._backlog[0]
+            sent = self._hand_to_kernel(part)
+            self._backlog_size -= sent
+            if self._awaited_size > 0:
+                self._awaited_size -= sent
+                self._wakeup.set()
+            if self._state is _ENDED:
+                return
+            if sent < len(part):
+                self._backlog[0] = part[sent:]
+                self._watch_for_writing()
+                return
+            del self._backlog[0]
+
     def _hand_to_kernel(self, data: bytes | memoryview) -> int:
-        """Return how many bytes the kernel has taken; end if it fails (locked)."""
+        """Return how many bytes of `data` the kernel has taken (locked)."""
         try:
             sent = self._socket.send(data)
         except BlockingIOError:
             return 0
-        except OSError:
+        except OSError:  # The connection is lost, or was reset.
             self._end()
             return 0
-        self._idle_since = time.monotonic()
+        self._last_progress = time.monotonic()
         return sent
 
     def _watch_for_writing(self) -> None:
         """Have the I/O thread call `_send_more` when the socket takes more (locked)."""
         if self._interest == _READ:
-            self._idle_since = time.monotonic()  # From now on it waits for its reader.
+            self._last_progress = time.monotonic()  # The reader's time begins to run.
             self._io_thread.set_interest(self, _READ_AND_WRITE)
 
     def _send_more(self) -> None:
-        """Send what comes next: backlog, then missed events, then the end (locked).
+        """Send what comes next: the backlog, missed events, the end (locked).
 
-        It sends a limited amount, so that the other streams get their turn.
+        Each channel writes one piece at most, so that other streams get their turn.
         """
-        if self._backlog:
+        try:
             self._flush_backlog()
-        has_more = self._catch_up_with_channels()
-        if self._backlog or has_more:
-            self._watch_for_writing()
-        elif self._state is _DRAINING:
-            self._finish_draining()
-        else:
-            self._io_thread.set_interest(self, _READ)
-
-    def _catch_up_with_channels(self) -> bool:
-        """Write missed events, unless there is a backlog (locked).
-
-        Return whether there is more to send.
-        """
-        has_more = False
-        for channel, subscription in list(self._subscriptions.items()):
+            is_behind = False
+            for channel, subscription in list(self._subscriptions.items()):
+                if not self._backlog and channel._catch_up(subscription):
+                    is_behind = True
             if self._backlog:
-                return True
-            if channel._catch_up(subscription):
-                has_more = True
-        return has_more
+                return  # _flush_backlog() has asked for another call.
+            if is_behind:
+                self._watch_for_writing()
+            elif self._state is _DRAINING:
+                self._finish_draining()
+            else:
+                self._io_thread.set_interest(self, _READ)
+        except BaseException:  # See _write_frames.
+            self._end("an exception interrupted a write")
+            raise
 
     def _finish_draining(self) -> None:
-        """Send the last chunk, and end when that is out (locked).
-
-        If the kernel does not take it at once, this is called again when it is out.
-        """
-        if self._tail:
-            tail, self._tail = self._tail, b""
-            self._write_bytes(tail)
+        """Write the last chunk, and end once that is sent (locked)."""
+        tail, self._tail = self._tail, b""
+        if tail:
+            self._write(tail)
         if not self._backlog:
             self._end()
 
-    def _flush_backlog(self) -> None:
-        """Hand the kernel what it takes of the first part of the backlog (locked)."""
-        part = self._backlog[0]
-        sent = self._hand_to_kernel(part)
-        if not sent:
-            return
-        self._backlog_size -= sent
-        if sent < len(part):
-            self._backlog[0] = part[sent:]
-        else:
-            del self._backlog[0]
-        if self._awaited_size > 0:
-            self._awaited_size -= sent
-            self._wakeup.set()
-
     # How a stream ends:
     #
-    #   what happens                         methods                  the peer gets
-    #   ------------                         -------                  -------------
-    #   the program closes it, or raises     close, then _end         the rest, our FIN
-    #   the peer has left, or half-closed    _read_input, then _end   our FIN
-    #   it is too slow, or the server fails  _end(reason)             a reset (RST)
-    #   on_connection raises a Refusal       _try_to_withdraw         that answer
+    #   what happens                          methods                  the peer gets
+    #   ------------                          -------                  -------------
+    #   the program closes it, or raises      close, then _end         the rest, a FIN
+    #   the peer leaves, or half-closes       _read_input, then _end   a FIN
+    #   it is too slow, or the server fails   _end(reset_reason)       an RST
+    #   on_connection raises a Refusal        _withdraw                that answer
     #
-    # After each of them the request's own thread calls _finish(), as soon as it has
-    # returned from on_connection.
+    # In each case the request's own thread calls _finish() when on_connection has
+    # returned.
 
     def _end(self, reset_reason: str = "") -> None:
-        """Enter ENDED: all is out, or nothing more can get out (locked).
+        """Enter ENDED: all is sent, or nothing more can be. Any thread may call this.
 
-        Without a reason the peer gets our FIN. With a reason it gets an RST, and the
-        kernel drops what it holds for it (RFC 9293, 3.10.5). `socket.close()` sends the
-        RST, because SSERequestHandler.setup has closed the file that shared the socket.
-        This cannot be left to the request's own thread, which may be busy.
+        The peer gets a FIN, or an RST if there is a reason for that. The request's own
+        thread may be busy, so the socket is not left to it. `socket.close()` sends the
+        RST at once, because nothing else shares the socket (SSERequestHandler.setup).
 
-        The state changes last, so that this can be repeated if it was interrupted.
+        The state changes last, so that an interrupted call can be repeated.
         """
-        if self._state is _ENDED:
-            self._wakeup.set()
-            return
-        self._reset_reason = reset_reason
-        self._backlog.clear()
-        self._backlog_size = 0
-        for channel, subscription in self._subscriptions.items():
-            channel._remove(subscription)
-        self._subscriptions.clear()
-        self._io_thread.remove(self)
-        with contextlib.suppress(OSError):
-            if reset_reason:
-                # To linger for 0 seconds means to send an RST.
-                linger = struct.pack("ii", 1, 0)
-                self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-                self._socket.close()
-            else:
-                self._socket.shutdown(socket.SHUT_WR)
-        self._enter(_ENDED)
-        self._wakeup.set()
-
-    def _reset(self, reason: str) -> None:
-        """End the stream with an RST, if it has not ended; any thread may call this."""
         with self._lock:
-            self._end(reason)
+            if self._state is _ENDED:
+                self._wakeup.set()
+                return
+            self._reset_reason = reset_reason
+            self._backlog.clear()
+            self._backlog_size = 0
+            for channel, subscription in self._subscriptions.items():
+                channel._remove(subscription)
+            self._subscriptions.clear()
+            self._io_thread.remove(self)
+            with contextlib.suppress(OSError):
+                if reset_reason:
+                    # To linger for 0 seconds means to send an RST.
+                    linger = struct.pack("ii", 1, 0)
+                    self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+                    self._socket.close()
+                else:
+                    self._socket.shutdown(socket.SHUT_WR)
+            self._state = _ENDED
+            self._wakeup.set()
 
-    # What the I/O thread calls.
+    # The I/O thread calls these.
 
     def _on_ready(self, events: int) -> None:
-        """Read from the socket, or write to it, now that this does not block."""
+        """Read from the socket or write to it, now that it is ready for that."""
         with self._lock:
             if events & selectors.EVENT_READ and self._state is not _ENDED:
                 self._read_input()
@@ -672,23 +642,19 @@ class Client:
             self._end("it does not stop sending")
 
     def _do_what_is_due(self, now: float) -> None:
-        """Do what is due at `now`: the head, a keep-alive comment, or a reset."""
+        """Send the head or a keep-alive comment, or reset the stream, if it is time."""
         with self._lock:
-            silence = now - self._idle_since
-            waits_for_reader = self._interest == _READ_AND_WRITE
+            seconds = now - self._last_progress
             if self._state is _HEAD_PENDING:
-                if silence >= self.head_delay:
+                if seconds >= self.head_delay:
                     self._send_head()
-            elif waits_for_reader:
-                if silence >= self.stall_timeout:
+            elif self._interest == _READ_AND_WRITE:  # It waits for the reader.
+                if seconds >= self.stall_timeout:
                     self._end("it has stopped reading")
-            elif self._state is _OPEN and silence >= (self._server.keepalive or inf):
+            elif self._state is _OPEN and seconds >= (self._server.keepalive or inf):
                 self._write_frames(_KEEPALIVE)
 
-    # What the request's own thread does.
-
-    def _has_ended(self) -> bool:
-        return self._state is _ENDED
+    # The request's own thread calls these.
 
     def _sleep_until(
         self, condition: Callable[[], bool], deadline: float = inf
@@ -700,20 +666,19 @@ class Client:
                 return
             self._wakeup.wait(seconds)
 
-    def _try_to_withdraw(self) -> bool:
-        """End the stream before anything is sent; False if it is too late for that."""
+    def _withdraw(self) -> bool:
+        """End the stream without having sent anything; False if it is too late."""
         with self._lock:
             if self._state is not _HEAD_PENDING:
                 return False
-            # It has no subscriptions: subscribe() would have sent the head.
-            self._enter(_ENDED)
             self._io_thread.remove(self)
+            self._state = _ENDED
             return True
 
     def _finish(self) -> None:
-        """Close, wait until everything is out, then run the on_close callbacks."""
+        """Close, sleep until the stream has ended, then run the on_close callbacks."""
         self.close()
-        self._sleep_until(self._has_ended)
+        self._sleep_until(lambda: self._state is _ENDED)
         if self._reset_reason:
             logger.warning("%s: reset, %s", self.address, self._reset_reason)
         with self._lock:
@@ -728,8 +693,8 @@ class Client:
 def _undo_latin_1(value: str) -> str:
     """Return the text of a header that was sent as UTF-8 (standard, 9.2.4).
 
-    http.server reads headers as Latin-1. What is not UTF-8 stays as it is: fetch() in
-    Node sends Latin-1.
+    Headers are read as Latin-1. A value that is not valid UTF-8 stays as it is, since
+    fetch() in Node sends Latin-1.
     """
     try:
         return value.encode("latin-1").decode()
@@ -741,26 +706,28 @@ def _release_if_owned(lock: threading.RLock) -> None:
     """Release `lock` if an exception has left it held.
 
     A signal handler may raise an exception anywhere in the main thread. From CPython
-    3.14 on, that includes the moment between acquiring a lock in a with statement and
-    entering its block. Then nobody would ever release it. An RLock knows its owner.
+    3.14 on, that includes the moment after a with statement has acquired its lock and
+    before its block begins; then nobody would release it. An RLock knows its owner.
     """
     with contextlib.suppress(RuntimeError):  # This thread does not hold it.
         lock.release()
 
 
 class _IOThread:
-    """Watches the sockets of all open streams, and looks regularly at what is due.
+    """Watches the sockets of all open streams, and regularly checks what is due.
 
     Any thread may change what is watched. epoll and kqueue notice that at once. poll()
     and select() work on a copy of the list, so they are woken through a self-pipe: a
     pair of sockets, one of which is watched like those of the streams.
+
+    There is no lock here. What concerns one client is only changed under that client's
+    lock, and different clients have different entries in the selector and in `clients`.
     """
 
+    check_interval = 0.25  # seconds between two checks of what is due
+
     def __init__(self) -> None:
-        # Guards the selector's map and the attributes below. The thread does not hold
-        # it while it waits for readiness.
-        self._lock = threading.RLock()  # not Lock, see _release_if_owned
-        self._clients: set[Client] = set()
+        self.clients: set[Client] = set()
         self._thread: threading.Thread | None = None
         self._stopped = False
 
@@ -770,84 +737,72 @@ class _IOThread:
         This is not done when the server is made: a program may fork its workers after
         that, and each of them needs a selector and a thread of its own.
         """
-        with self._lock:
-            if self._thread is not None or self._stopped:
-                return
-            self._selector = selectors.DefaultSelector()
-            kind = type(self._selector).__name__
-            self._notices_changes = kind in ("EpollSelector", "KqueueSelector")
-            self._is_select = kind == "SelectSelector"
-            self._self_pipe_reader, self._self_pipe_writer = socket.socketpair()
-            self._self_pipe_reader.setblocking(False)
-            self._self_pipe_writer.setblocking(False)
-            self._selector.register(self._self_pipe_reader, selectors.EVENT_READ)
-            thread = threading.Thread(target=self._run, daemon=True)
-            thread.start()
-            self._thread = thread
+        if self._thread is not None:
+            return
+        self._selector = selectors.DefaultSelector()
+        kind = type(self._selector).__name__
+        self._notices_changes = kind in ("EpollSelector", "KqueueSelector")
+        self._self_pipe_reader, self._self_pipe_writer = socket.socketpair()
+        self._self_pipe_reader.setblocking(False)
+        self._self_pipe_writer.setblocking(False)
+        self._selector.register(self._self_pipe_reader, selectors.EVENT_READ)
+        thread = threading.Thread(target=self._run, daemon=True)
+        thread.start()
+        self._thread = thread
 
     def add(self, client: Client) -> bool:
         """Begin to watch a stream; False if that is impossible (client locked)."""
-        with self._lock:
-            if self._stopped:
-                return False
-            try:
-                self._selector.register(client._socket, _READ, client)
-            except (OSError, ValueError):  # ENOSPC, for example.
-                return False
-            if self._is_select and self._select_is_full():
-                self._selector.unregister(client._socket)
-                return False
-            client._interest = _READ
-            self._clients.add(client)
-            if not self._notices_changes:
-                self._wake()
-            return True
-
-    def _select_is_full(self) -> bool:
-        """Tell whether select() cannot watch so many sockets (locked).
-
-        register() does not say so, only select() does. Windows has no other selector.
-        """
+        if self._stopped:
+            return False
+        client._interest = _READ
         try:
-            self._selector.select(0)
-        except (OSError, ValueError):
-            return True
-        return False
+            self._selector.register(client._socket, _READ, client)
+            if isinstance(self._selector, selectors.SelectSelector):
+                # Only this tells whether there are too many sockets: a ValueError.
+                # Windows has no other selector, and a limit of about 500.
+                with contextlib.suppress(OSError):
+                    self._selector.select(0)
+        except (OSError, ValueError):  # ENOSPC, for example.
+            self.remove(client)
+            return False
+        self.clients.add(client)
+        self._wake_if_needed()
+        return True
 
     def set_interest(self, client: Client, interest: int) -> None:
-        """Change for which events a stream is watched, if it is (client locked)."""
-        if client._interest in (_NOT_WATCHED, interest):
+        """Change what a stream is watched for, if it is watched (client locked)."""
+        if client._interest in (_NOT_WATCHED, interest) or self._stopped:
             return
-        with self._lock:
-            if not self._stopped:
-                self._selector.modify(client._socket, interest, client)
-                client._interest = interest
-                if not self._notices_changes:
-                    self._wake()
+        self._selector.modify(client._socket, interest, client)
+        client._interest = interest
+        self._wake_if_needed()
 
     def remove(self, client: Client) -> None:
         """Stop watching a stream, before its socket is closed (client locked)."""
-        with self._lock:
-            if client._interest and not self._stopped:
-                with contextlib.suppress(KeyError):  # That was interrupted, see _end.
-                    self._selector.unregister(client._socket)
-            client._interest = _NOT_WATCHED
-            self._clients.discard(client)
+        if client._interest != _NOT_WATCHED:
+            with contextlib.suppress(KeyError):  # An interrupted call is repeated.
+                self._selector.unregister(client._socket)
+        client._interest = _NOT_WATCHED
+        self.clients.discard(client)
 
     def stop(self) -> None:
-        """End the thread and close its descriptors."""
-        with self._lock:
-            thread, self._thread = self._thread, None
-            self._stopped = True
-        if thread is not None:
+        """End the thread and close the descriptors."""
+        self._stopped = True
+        if self._thread is None:
+            return
+        self._wake()
+        self._thread.join()
+        self._selector.close()
+        self._self_pipe_reader.close()
+        self._self_pipe_writer.close()
+
+    def _wake_if_needed(self) -> None:
+        if not self._notices_changes:
             self._wake()
-            thread.join()
-            self._selector.close()
-            self._self_pipe_reader.close()
-            self._self_pipe_writer.close()
 
     def _wake(self) -> None:
-        with contextlib.suppress(BlockingIOError):  # It is full: it wakes anyway.
+        # If the pipe is full, it wakes anyway; if it is closed, so is the server.
+        with contextlib.suppress(OSError):
             self._self_pipe_writer.send(b"\0")
 
     def _run(self) -> None:
@@ -856,8 +811,9 @@ class _IOThread:
             try:
                 now = time.monotonic()
                 if now >= next_check:
-                    next_check = now + _CHECK_INTERVAL
-                    self._look_at_the_clock(now)
+                    next_check = now + self.check_interval
+                    for client in self.clients.copy():
+                        _call_or_reset(client, client._do_what_is_due, now)
                 for key, events in self._selector.select(next_check - now):
                     if key.data is None:
                         self._self_pipe_reader.recv(4096)
@@ -872,56 +828,51 @@ class _IOThread:
                 logger.exception("the I/O thread failed")
                 time.sleep(0.1)
 
-    def _look_at_the_clock(self, now: float) -> None:
-        with self._lock:
-            clients = list(self._clients)
-        for client in clients:
-            _call_or_reset(client, client._do_what_is_due, now)
-
 
 def _call_or_reset(client: Client, step: Callable[[Any], None], argument: Any) -> None:
-    """Call `step(argument)`. What it raises costs this stream and no other one."""
+    """Call `step(argument)`. An exception in it costs this stream, and no other one."""
     try:
         step(argument)
     except Exception:  # MemoryError, for example.
         logger.exception("%s: I/O failed", client.address)
-        client._reset("because of an error in the server")
+        client._end("because of an error in the server")
 
 
 # --- 3. Many streams --------------------------------------------------------------
 #
-# In the nine lines each stream has its own events. To send one event to many streams, a
-# program would call send() for each, and would have to remember events for those that
-# reconnect. A Channel does both with one log, in which each subscriber has a place.
+# In the nine lines each stream makes its own events. To send the same event to many
+# streams, a program would have to call send() for each of them, and to remember events
+# for those that reconnect. A Channel does both with one log, in which each subscriber
+# has a place.
 #
-# The events have the numbers 1, 2, 3 and so on. The place of a subscriber is the number
-# of the last event that was written to it:
+# The events are numbered 1, 2, 3 and so on. The place of a subscriber is a number, too:
+# all events up to it have been written to this subscriber, or are not for it.
 #
 #       first                                 _taken             newest
 #        |                                       |                 |
 #   -----+----------------------+----------------+-----------------+---> log
-#     older events     the place of a reader       not yet taken
-#     are dropped      that is behind              by the fan-out
+#     older events     the place of a reader       the fan-out thread
+#     are dropped      that is behind              has not taken these yet
 #
-# This is what happens if A and B are subscribed, and events 1 to 7 are out:
+# Here is an example. A and B are subscribed, and have been written events 1 to 7:
 #
 #   1. publish() appends event 8 to the log and wakes the fan-out thread.
-#   2. The fan-out thread takes event 8. A and B have the place 7, so 8 is their next
-#      event. It is written to both, and their place is 8. The kernel takes only half of
-#      it for B, who reads slowly. The other half is B's backlog.
-#   3. publish() appends event 9. A gets it. B has a backlog, so the fan-out thread
-#      leaves B alone. The place of A is 9, that of B is 8: B is behind.
-#   4. C connects with the last event ID of event 6. subscribe() gives it the place 6.
-#      Then it writes events 7 to 9 to C, and the place of C is 9.
-#   5. B reads. The I/O thread flushes the backlog of B, then writes event 9 to B. Now
-#      all have the place 9, and get event 10 from the fan-out thread.
+#   2. The fan-out thread takes event 8. The place of A and B is 7, so this is their
+#      next event. It is written to both of them, and their place is 8. B reads slowly:
+#      the kernel takes only half of the event, and the other half is B's backlog.
+#   3. publish() appends event 9. The fan-out thread writes it to A, whose place is now
+#      9. It skips B, who has a backlog. The place of B is still 8: B is behind.
+#   4. C connects, and its last event ID is that of event 6. subscribe() gives it the
+#      place 6, and writes events 7 to 9 to it. The place of C is 9.
+#   5. B reads on. The I/O thread flushes the backlog of B and writes event 9 to it. Now
+#      all have the place 9, and wait for event 10.
 #
-# A place moves forward only together with a write, under the client's lock. So no event
-# is lost or sent twice, whichever thread comes first. What a slow reader has still to
-# get is not copied for it until its socket takes more. If the log drops events before a
-# reader gets them, the reader is told so by a gap event (or is reset, see Channel).
+# A place only moves when events are written, and under the lock of its client. So
+# nothing is lost or sent twice, whichever thread comes first. A slow reader does not
+# need a copy of what it has missed. If the log has to drop events that a reader has
+# not got, a gap event tells the reader so.
 #
-# _Log knows nothing of threads and sockets. Channel brings the three together.
+# _Log knows about neither threads nor sockets. Channel connects it with both.
 
 
 class _Event(NamedTuple):
@@ -929,14 +880,14 @@ class _Event(NamedTuple):
 
     id: str
     frame: bytes
-    bytes_so_far: int  # published on the channel, this event included
+    bytes_so_far: int  # the size of all events up to this one
 
 
 class _Log:
-    """The events of a channel from number `first` to number `newest`.
+    """The events of a channel, from number `first` to number `newest`.
 
-    `history` is how many of them a client may get when it reconnects. It has no lock of
-    its own: the channel's guards it.
+    `history` is how many of them a client may get when it reconnects. The lock of the
+    channel guards everything here.
     """
 
     def __init__(self, history: int, gap_event: str | None) -> None:
@@ -944,28 +895,28 @@ class _Log:
         self.gap_event = gap_event
         self.first = 1
         self.newest = 0
-        # By number. The entry 0 always stays: it is the place before the first event.
+        # By number. Entry 0 stands for the time before the first event, and stays.
         self.events = {0: _Event("", b"", 0)}
-        self._numbers: dict[str, int] = {}  # of events with IDs of the program's own
+        self._numbers: dict[str, int] = {}  # of events with IDs from the program
         self._token = secrets.token_hex(4)
 
     @property
     def _epoch(self) -> str:
-        # An ID of another start of the program, or of another worker that it has
-        # forked, must not be taken for one of ours.
+        # IDs from another start of the program, or from another worker that it has
+        # forked, must not be taken for ours.
         return f"{self._token}{os.getpid():x}"
 
     def append(self, data: str | None, event: str | None, id_: str | int | None) -> str:
         """Add an event and return its ID.
 
-        An exception of a signal handler loses no event. Before the event is committed,
-        it leaves only an entry that the next event overwrites. After that, the event
-        goes out. (If it had no time to note an ID of the program's own, a client that
-        comes back with that ID finds a gap.)
+        One statement commits the event. If a signal handler raises an exception before
+        it, the next event overwrites what is there. If it raises one after it, the
+        event goes out; but an ID from the program may then be missing in `_numbers`,
+        and a client that comes back with that ID gets a gap event.
         """
         number = self.newest + 1
         is_named = id_ is not None
-        # An empty event gets no ID, so that encode_event refuses it.
+        # An event without content gets no ID, so that encode_event refuses it.
         has_content = data is not None or event is not None
         if self.history and has_content and not is_named:
             id_ = f"{self._epoch}-{number}"
@@ -979,10 +930,10 @@ class _Log:
         return id_text
 
     def trim(self, min_size: int, keep: int) -> None:
-        """Drop old events that nobody needs.
+        """Drop old events, except for those that may still be needed.
 
-        These are kept: the history, but at least the newest event; the events from
-        number `keep` on; and `min_size` bytes for slow readers.
+        These are the history (but at least the newest event), the events from number
+        `keep` on, and the newest `min_size` bytes, for slow readers.
         """
         limit = min(self.newest - max(self.history, 1), keep - 1)
         size_limit = self.events[self.newest].bytes_so_far - min_size
@@ -992,19 +943,19 @@ class _Log:
                 return
             if self._numbers.get(oldest.id) == self.first:
                 del self._numbers[oldest.id]
-            # In this order: an exception between the two must not leave `first` at an
-            # event that is gone.
+            # In this order: an exception in between must not leave `first` at an event
+            # that is gone.
             self.first += 1
             del self.events[self.first - 1]
 
     def size_between(self, place: int, end: int) -> int:
-        """Return the bytes of the events after `place` up to `end`."""
+        """Return the size of the events after `place` up to `end`."""
         return self.events[end].bytes_so_far - self.events[place].bytes_so_far
 
     def frames_after(self, place: int, end: int, max_size: int) -> tuple[bytes, int]:
-        """Return the frames after `place`, at most up to `end`, and where they end.
+        """Return frames from after `place`, at most up to `end`, and where they end.
 
-        That is one frame, or several that have at most `max_size` bytes.
+        They have at most `max_size` bytes, unless the first one alone is larger.
         """
         frames: list[bytes] = []
         size = 0
@@ -1015,22 +966,22 @@ class _Log:
                 break
             frames.append(frame)
             place += 1
-        return b"".join(frames), place  # A single frame is not copied by that.
+        return b"".join(frames), place  # This does not copy a single frame.
 
     def resume(self, last_id: str, last: int) -> tuple[int, str, bytes]:
-        """Return a subscriber's place, its last ID, and the first frame for it.
+        """Return a new subscriber's place, its last ID, and the first frame for it.
 
-        the client's last ID         its place             its first frame
-        --------------------         ---------             ---------------
-        in the history               that event            -
-        too old, or unknown          before the history    a gap event
-        none                         `last` events back    -
+        its last event ID      its place             its first frame
+        -----------------      ---------             ---------------
+        is in the history      that event            -
+        too old, or unknown    before the history    a gap event
+        none                   `last` events back    -
 
-        If it has nothing to get by that, its first frame is the newest ID.
+        If this leaves nothing to send, its first frame is the newest ID.
         """
         if not self.history:
             return self.newest, "", b""
-        # The log may hold more than the history, or less.
+        # The log may hold more events than the history, or fewer.
         before_history = max(self.first - 1, self.newest - self.history)
         if last_id:
             place = self._find(last_id)
@@ -1040,40 +991,40 @@ class _Log:
             return before_history, last_id, self.gap_after(last_id)
         if place < self.newest:
             return place, last_id, b""
-        # An ID without data dispatches nothing (standard, 9.2.6), but now the client
+        # An ID without data dispatches no event (standard, 9.2.6), but now the client
         # has an ID to come back with.
         newest_id = self.events[place].id or f"{self._epoch}-{place}"
         return place, newest_id, encode_event(id=newest_id)
 
     def _find(self, id_: str) -> int:
-        """Return the number of the event with that ID, -1 if it is unknown."""
+        """Return the number of the event with that ID, or -1."""
         if id_ in self._numbers:
             return self._numbers[id_]
         epoch, _, digits = id_.rpartition("-")
         is_ours = epoch == self._epoch and re.fullmatch("0|[1-9][0-9]*", digits)
-        # Thousands of digits would be too many for int().
+        # int() refuses numbers of thousands of digits.
         if not is_ours or len(digits) > len(str(self.newest)):
             return -1
         return int(digits) if int(digits) <= self.newest else -1
 
     def gap_after(self, last_id: str) -> bytes:
-        """Return the event which says that events after `last_id` are lost, if any."""
+        """Return the event that tells a client that it has missed some, or b""."""
         if self.gap_event is None or not self.history:
             return b""
-        # The events that follow give the client a new ID. Where there are none yet, it
-        # gets one here, so that its next reconnect finds no gap.
+        # The events that follow give the client a new ID. If there are none yet, it
+        # gets one here, so that there is no gap the next time that it reconnects.
         id_ = None if self.newest else f"{self._epoch}-0"
         return encode_event(last_id, event=self.gap_event, id=id_)
 
 
 class _Piece(NamedTuple):
-    """Some events that the fan-out thread writes at once, and to whom."""
+    """Some events that the fan-out thread writes together, and to whom."""
 
-    begin: int  # the place before them
+    begin: int  # the place before these events
     end: int  # the place after them
-    last_id: str  # of the last of them
-    plain: bytes  # their frames
-    chunk: bytes  # the same as a chunk; empty if they are too large to be copied
+    last_id: str
+    frames: bytes
+    chunk: bytes  # the same as a chunk; empty if it is too large to be copied
     subscriptions: list[_Subscription]
 
 
@@ -1084,14 +1035,14 @@ class _Subscription:
 
     def __init__(self, client: Client, place: int, last_id: str) -> None:
         self.client = client
-        self.place = place  # the number of the last event that was written to it
-        self.last_id = last_id  # for a gap event: the last ID that the client knows
-        self.last_number: int | None = None  # the last event to send, set by close()
-        self.is_active = True  # It has not unsubscribed, and its stream has not ended.
+        self.place = place
+        self.last_id = last_id  # the last ID that the client knows, for a gap event
+        self.last_number: int | None = None  # where it ends, once the client is closed
+        self.is_active = True  # until the client unsubscribes or its stream ends
 
 
 class Channel:
-    """Events for all subscribers. A client that reconnects gets what it missed.
+    """Events for all subscribers. A client that reconnects gets what it has missed.
 
     >>> news = Channel()
     >>> server = SSEServer(("127.0.0.1", 8080), news.subscribe)
@@ -1099,29 +1050,29 @@ class Channel:
     'b3c1a9f25e07-1'
 
     `history`: how many events are kept for clients that reconnect. With 0 there is no
-    replay, and events have no IDs but those that the program gives them.
+    replay, and events have no IDs unless the program gives them.
     `gap_event`: the type of the event that tells a client that the history no longer
-    holds what it missed; its data is the client's last event ID. None: no such event;
-    then a client that is too slow is reset.
+    holds what it has missed; its data is the client's last event ID. None: there is no
+    such event, and a client that is too slow is reset.
 
-    Any thread may call any method; signal handlers may not.
+    Any thread may call any method; signal handlers must not.
     """
 
     piece_size = 2**18
-    """Bytes that are written to one stream at once, or one event if it is larger."""
+    """Bytes that are written to one stream at once, unless one event is larger."""
     max_pending = 2**22
-    """Bytes published and not yet taken by the fan-out, after which publish() waits."""
+    """Bytes that the fan-out thread may be behind before publish() waits for it."""
     min_log_size = 2**20
-    """Bytes that the log keeps at least for subscribers that are behind."""
+    """Bytes that the log keeps at least, for subscribers that are behind."""
 
     def __init__(self, history: int = 1000, gap_event: str | None = "gap") -> None:
         if history < 0:
             raise ValueError("history must not be negative")
         if gap_event is not None:
-            encode_event("", event=gap_event)  # This raises what is wrong with it.
+            encode_event("", event=gap_event)  # Raises if it is no type of an event.
         self._wakeup = _Wakeup()  # The fan-out thread sleeps on it.
 
-        # Guards the attributes below.
+        # Guards all attributes below.
         self._lock = threading.RLock()  # not Lock, see _release_if_owned
         self._log = _Log(history, gap_event)
         self._taken = 0  # the number of the last event that the fan-out has taken
@@ -1146,28 +1097,28 @@ class Channel:
     ) -> str:
         """Send an event to all subscribers and return its ID.
 
-        The arguments are those of `encode_event`. Without `id` the event gets one that
-        no other start of the program uses ("" if there is no history). Give IDs of your
-        own where several replicas publish the same events, for example their offset in
-        a log; a client can then resume on any replica.
+        The arguments are those of `encode_event`. Without `id` the event gets a new one
+        ("" if there is no history). Give IDs of your own if several replicas publish
+        the same events, for example each event's offset in a log file. Then a client
+        can resume on any replica.
 
-        It never waits for a reader. It does wait while more than `max_pending` bytes
-        are published that the fan-out thread has not taken yet.
+        This never waits for a reader. It does wait while the fan-out thread has more
+        than `max_pending` bytes still to take.
 
         Raises RuntimeError if the channel is closed, and what `encode_event` raises.
         """
         try:
             while self._has_too_much_pending():
-                # Without this pause, one that publishes all the time would keep the
+                # Without this pause, a thread that only publishes would keep the
                 # interpreter to itself, and memory would grow.
                 time.sleep(0.001)
             with self._lock:
                 if self._closed:
                     raise RuntimeError("the channel is closed")
                 id_text = self._log.append(data, event, id)
-                is_running = self._fan_out_thread is not None
-                keep = self._taken if is_running else self._log.newest
-                self._log.trim(self.min_log_size, keep)
+                if self._fan_out_thread is None:  # Nobody is subscribed.
+                    self._taken = self._log.newest
+                self._log.trim(self.min_log_size, keep=self._taken)
                 return id_text
         except BaseException:
             _release_if_owned(self._lock)
@@ -1178,40 +1129,38 @@ class Channel:
     def subscribe(
         self, client: Client, *, after: str | int | None = None, last: int = 0
     ) -> None:
-        """Send `client` all that is published from now on, and first what it missed.
+        """Send `client` what it has missed, and then everything that is published.
 
-        That is everything after its last event ID, or after the ID `after` if that is
-        given. A client that names no ID gets the newest `last` events. If the history
-        no longer holds the ID, the client gets a gap event and the whole history. For
-        one that has unsubscribed before, its last event ID does not count any more.
+        It has missed what came after its last event ID, or after the ID `after` if that
+        is given. A client without an ID gets the newest `last` events. If the history
+        does not hold the ID, the client gets a gap event and then the whole history. A
+        client that subscribes again after `unsubscribe` has missed nothing.
 
-        It does not wait until all of that is out. If the channel is closed, the client
-        gets what it missed, and after `close(end_streams=True)` its end. If the client
-        is subscribed already, nothing changes.
+        This does not wait until all of that is sent. If the channel is closed, the
+        client gets what it has missed, and after `close(end_streams=True)` its end. If
+        the client is subscribed already, nothing happens.
 
         Raises BrokenPipeError if the stream is closed. Raises ValueError if `last` is
-        negative, or if the client is subscribed to another channel with a history:
-        a client remembers one last event ID only.
+        negative, or if the client is subscribed to another channel with a history,
+        because a client only has one last event ID.
         """
         if last < 0:
             raise ValueError("last must not be negative")
-        last_id = None if after is None else _id_text(after)
+        after_id = None if after is None else _id_text(after)
         with client._lock:
             client._raise_if_closed()
             if self in client._subscriptions:
                 return
-            others = [other for other in client._subscriptions if other._log.history]
-            if self._log.history and others:
-                raise ValueError("the client is subscribed to another history already")
-            if last_id is None:
-                # One that has unsubscribed gets what is published from now on.
-                last_id = "" if client._has_resumed else client.last_event_id
-            client._has_resumed = client._has_resumed or self._log.history > 0
-            first_frame = self._add(client, last_id, last)
-            # The first of these three that sends something sends the head, too.
+            if self._log.history:
+                if any(other._log.history for other in client._subscriptions):
+                    raise ValueError("the client is subscribed to another history")
+                resume_id, client._resume_id = client._resume_id, ""
+                after_id = resume_id if after_id is None else after_id
+            first_frame = self._add(client, after_id or "", last)
+            # The first of these three that sends anything sends the head as well.
             if first_frame:
                 client._write_frames(first_frame)
-            client._send_more()  # what it missed
+            client._send_more()  # what it has missed
             client._send_head()
         if self._ends_streams:
             client.close()
@@ -1229,7 +1178,7 @@ class Channel:
     def close(self, end_streams: bool = False) -> None:
         """Publish no more. What was published is still delivered.
 
-        The streams stay open; with `end_streams` each ends after its last event. It
+        The streams stay open; with `end_streams` each ends after its last event. This
         returns when the fan-out thread has ended.
         """
         with self._lock:
@@ -1254,7 +1203,7 @@ class Channel:
     # Subscribers.
 
     def _add(self, client: Client, last_id: str, last: int) -> bytes:
-        """Add a subscriber; return the first frame for it, if any (client locked)."""
+        """Add a subscriber; return the first frame for it, or b"" (client locked)."""
         with self._lock:
             place, last_id, first_frame = self._log.resume(last_id, last)
             self._start_fan_out()
@@ -1263,46 +1212,34 @@ class Channel:
         client._subscriptions[self] = subscription
         return first_frame
 
-    def _start_fan_out(self) -> None:
-        """Start the fan-out thread, if it is needed and does not run (locked)."""
-        if self._fan_out_thread is None and not self._closed:
-            self._taken = self._log.newest
-            thread = threading.Thread(target=self._run, daemon=True)
-            thread.start()  # It waits for the lock.
-            self._fan_out_thread = thread
-
-    def _limit_of(self, subscription: _Subscription) -> int:
-        """Return the number of the last event that _catch_up() may write (locked)."""
-        if subscription.last_number is not None:
-            return subscription.last_number
-        if self._fan_out_thread is not None:
-            return self._taken  # The fan-out thread will write what comes later.
-        return self._log.newest  # Nothing more is published to it.
-
     def _catch_up(self, subscription: _Subscription) -> bool:
         """Write one piece to a subscriber that is behind (client locked).
 
         The client must not have a backlog. Return whether it is still behind.
         """
-        client, place = subscription.client, subscription.place
-        gap = b""
+        client = subscription.client
+        place = subscription.place
         with self._lock:
-            limit = self._limit_of(subscription)
+            # What comes after `_taken` is left to the fan-out thread. It does not write
+            # to a client that is closed.
+            limit = subscription.last_number
+            if limit is None:
+                limit = self._taken
             if place >= limit:
                 return False
-            # A subscriber at the place 4 needs event 5. Has the log dropped it?
-            is_overtaken = place + 1 < self._log.first
+            gap = b""
+            is_overtaken = place + 1 < self._log.first  # Its next event is gone.
             if is_overtaken:
-                # The limit of a closed client may have been dropped as well.
-                place = min(self._log.first - 1, limit)
                 gap = self._log.gap_after(subscription.last_id)
+                place = min(self._log.first - 1, limit)
             frames, place = self._log.frames_after(place, limit, self.piece_size)
             last_id = self._log.events[place].id if frames else subscription.last_id
         if is_overtaken and not gap:  # A reset is better than a silent loss.
             client._end("the channel's history has overtaken it")
             return False
         client._write_frames(gap + frames)
-        subscription.place, subscription.last_id = place, last_id
+        subscription.place = place
+        subscription.last_id = last_id
         return place < limit
 
     def _stop_after_newest(self, subscription: _Subscription) -> None:
@@ -1319,7 +1256,24 @@ class Channel:
         if is_last:
             self._wakeup.set()  # The fan-out thread ends.
 
-    # The fan-out thread.
+    # The fan-out thread. It runs while there are subscribers to an open channel.
+
+    def _start_fan_out(self) -> None:
+        """Start the thread if it is needed and does not run yet (locked)."""
+        if self._fan_out_thread is None and not self._closed:
+            thread = threading.Thread(target=self._run, daemon=True)
+            thread.start()  # It waits for the lock.
+            self._fan_out_thread = thread
+
+    def _stop_if_unneeded(self) -> bool:
+        """Say that the thread ends, if it has nothing left to do."""
+        with self._lock:
+            is_done = self._closed and self._taken == self._log.newest
+            if self._subscriptions and not is_done:
+                return False
+            self._taken = self._log.newest
+            self._fan_out_thread = None
+            return True
 
     def _run(self) -> None:
         while not self._stop_if_unneeded():
@@ -1333,35 +1287,27 @@ class Channel:
                 logger.exception("fan-out failed")
                 time.sleep(0.1)
 
-    def _stop_if_unneeded(self) -> bool:
-        with self._lock:
-            is_done = self._closed and self._taken == self._log.newest
-            if self._subscriptions and not is_done:
-                return False
-            self._fan_out_thread = None
-            return True
-
     def _take_piece(self) -> _Piece | None:
         """Return what is to be written next; None if there is nothing."""
         with self._lock:
             begin, newest = self._taken, self._log.newest
             if begin == newest:
                 return None
-            plain, end = self._log.frames_after(begin, newest, self.piece_size)
-            is_large = len(plain) >= Client._shared_size
-            chunk = b"" if is_large else _encode_chunk(plain)
+            frames, end = self._log.frames_after(begin, newest, self.piece_size)
+            is_large = len(frames) >= Client._shared_size
+            chunk = b"" if is_large else _encode_chunk(frames)
             last_id = self._log.events[end].id
-            piece = _Piece(begin, end, last_id, plain, chunk, list(self._subscriptions))
+            subscriptions = list(self._subscriptions)
             self._taken = end
-            return piece
+            return _Piece(begin, end, last_id, frames, chunk, subscriptions)
 
     def _fan_out(self, piece: _Piece) -> None:
         """Write a piece to all subscribers that keep up.
 
-        As soon as a piece is taken, _catch_up() may write it as well. A subscriber gets
-        it from the thread that comes first, because that one moves its place.
+        As soon as a piece is taken, _catch_up() may write it as well. Each subscriber
+        gets it from the thread that comes first, because that thread moves the place.
         """
-        begin, end, last_id, plain, chunk, subscriptions = piece
+        begin, end, last_id, frames, chunk, subscriptions = piece
         for subscription in subscriptions:
             client = subscription.client
             try:
@@ -1371,32 +1317,31 @@ class Channel:
                     keeps_up = subscription.place == begin and not client._backlog
                     if keeps_up and client._state is _OPEN:
                         if chunk and client._is_chunked:
-                            client._write_bytes(chunk)
+                            client._write(chunk)
                         else:
-                            client._write_frames(plain)
+                            client._write_frames(frames)
                         subscription.place = end
                         subscription.last_id = last_id
                     elif subscription.place < end:
-                        # _catch_up() writes what it needs: it is behind, or its client
-                        # is closed, or it subscribed in the middle of these events.
+                        # It is behind, or its client is closed, or it subscribed in the
+                        # middle of these events. _catch_up() writes what it needs.
                         client._watch_for_writing()
             except Exception:
                 logger.exception("%s: fan-out failed", client.address)
-                client._reset("because of an error in the server")
+                client._end("because of an error in the server")
 
 
 # --- 4. A request -----------------------------------------------------------------
 #
-# The nine lines answer any GET, and nothing else. http.server hands the head to the
-# e-mail parser, which fails on some heads and needs quadratic time for others. If the
-# handler raises, the connection closes without an answer.
+# The nine lines answer any GET, and nothing else. http.server passes the head to the
+# parser for e-mail, which fails on some heads and takes quadratic time for others. And
+# if the handler raises an exception, the connection closes without an answer.
 
 # RFC 9110, 5.6.2: the names of methods and header fields are tokens.
 _TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
-# RFC 9112, 3: "GET /sse HTTP/1.1". http.server would also split at other white space.
+# RFC 9112, 3: "GET /sse HTTP/1.1". http.server would split it at any white space.
 _REQUEST_LINE = re.compile(rf"({_TOKEN}) ([!-~\x80-\xff]+) HTTP/([0-9])\.([0-9])")
-# RFC 9112, 5: "Accept: */*". A folded line and one with a space before its colon do not
-# match.
+# RFC 9112, 5: "Accept: */*". Neither a folded line nor a space before the colon match.
 _FIELD_LINE = re.compile(rf"({_TOKEN}):([^\0\r\n]*)")
 _MAX_HEAD_SIZE = 2**15  # bytes
 _MAX_FIELD_LINES = 100
@@ -1412,14 +1357,14 @@ Headers = Union[Mapping[str, str], Iterable[Tuple[str, str]]]
 
 
 class Refusal(Exception):
-    """Raise this to answer a request with `status` instead.
+    """Raise this to answer a request with another status.
 
     It may be raised in any `do_*` method, in `serve_plain` and `authorize`, and in
-    `on_connection` as long as nothing was sent. `status` is from 200 to 599, `text` is
-    sent as text/plain, `headers` is a mapping or pairs. 204 tells an EventSource not to
-    come back (standard, 9.2.3).
+    `on_connection` as long as nothing was sent. `status` is from 200 to 599. `text` is
+    sent as text/plain. `headers` is a mapping or pairs. Status 204 tells an EventSource
+    not to come back (standard, 9.2.3).
 
-    Raises ValueError or TypeError if such an answer cannot be sent.
+    Raises ValueError or TypeError if there cannot be such an answer.
     """
 
     def __init__(self, status: int, text: str = "", headers: Headers = ()) -> None:
@@ -1434,7 +1379,7 @@ class Refusal(Exception):
 
 
 class _NoRequest(Exception):
-    """There is no complete request, and the connection is closed without an answer."""
+    """There is no complete request. The connection is closed without an answer."""
 
 
 def _standard_refusal(status: int) -> Refusal:
@@ -1461,17 +1406,18 @@ def _header_pairs(headers: Headers) -> list[tuple[str, str]]:
 class _ConnectionIO(io.RawIOBase):
     """The bytes of a connection, for a handler's rfile and wfile.
 
-    Without this, a peer that sends one byte per second could keep its thread for hours,
-    and an exception in a handler would not tell whether this connection is lost, or
-    another one of the program, for example to its database.
+    It gives all reading one deadline: otherwise a peer that sends one byte per second
+    could keep its thread for hours. And it remembers the error by which this connection
+    was lost: a ConnectionError in a handler may also come from elsewhere, for example
+    from the program's database.
     """
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
         self.deadline = inf  # when reading ends, as time.monotonic() has it
-        self.is_late = False  # The deadline has passed.
-        self.is_answered = False  # An answer has been begun.
-        self.drops_body = False  # The answer to a HEAD has no body.
+        self.is_late = False  # whether it has passed
+        self.answer_begun = False  # whether it is too late for another answer
+        self.drops_body = False  # since the answer to a HEAD has none
         self.error: OSError | None = None  # by which this connection was lost
 
     def readable(self) -> bool:
@@ -1492,7 +1438,7 @@ class _ConnectionIO(io.RawIOBase):
         except OSError as error:
             if isinstance(error, socket.timeout) and seconds < inf:
                 self.is_late = True
-                return 0  # BufferedReader takes this for the end.
+                return 0  # To a BufferedReader this is the end of the input.
             self.error = error
             raise
         finally:
@@ -1500,7 +1446,7 @@ class _ConnectionIO(io.RawIOBase):
 
     def write(self, data: Any, /) -> int:
         if not self.drops_body:
-            self.is_answered = True
+            self.answer_begun = True
             try:
                 self._connection.sendall(data)
             except OSError as error:
@@ -1527,8 +1473,8 @@ class SSERequestHandler(BaseHTTPRequestHandler):
 
     These methods may raise Refusal. All of them run in the request's own thread.
 
-    http.server calls these, in this order: `setup` makes rfile and wfile,
-    `handle_one_request` reads the head and calls a `do_*` method, `finish` cleans up.
+    http.server calls these in turn: `setup` makes rfile and wfile, `handle_one_request`
+    reads the head and calls a `do_*` method, `finish` cleans up.
     """
 
     server: SSEServer
@@ -1536,15 +1482,14 @@ class SSERequestHandler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True  # An event must not wait for the one before it.
     wfile: Any
-    # The peer may have sent, or be sending, what nobody reads; see finish().
-    _may_have_unread_input = True
+    _may_have_unread_input = True  # See finish().
 
     body_timeout = 30.0
-    """Seconds within which `read_body` must have the whole body."""
+    """Seconds after which `read_body` gives up."""
     linger = 1.0
     """Seconds to wait for the FIN of a peer that may still be sending, see `finish`."""
 
-    # What a request gets.
+    # How requests are answered.
 
     def do_GET(self) -> None:
         """Serve the event stream on the server's path, `serve_plain()` elsewhere."""
@@ -1571,29 +1516,39 @@ class SSERequestHandler(BaseHTTPRequestHandler):
     ) -> None:
         """Answer this request with an event stream, and hold it until it ends.
 
-        The method and the path do not matter; a HEAD gets the head alone. The Origin
-        and the server's `authorize` decide who gets in. Then `on_connection(client)` is
-        called, by default that of the server; the stream stays open when it returns.
-        `headers`, a mapping or pairs, are sent besides those of every stream.
+        The method and the path do not matter, except that a HEAD gets the head alone.
+        The Origin and the server's `authorize` decide who gets in. Then
+        `on_connection(client)` is called, by default that of the server; the stream
+        stays open when it returns. `headers`, a mapping or pairs, are sent in addition
+        to those of every stream.
 
         Raises ValueError if the headers cannot be sent, Refusal if the client does not
         get in, RuntimeError if the request has been answered already.
         """
         head = self._build_stream_head(_header_pairs(headers))
-        if self._connection_io.is_answered:
+        if self._connection_io.answer_begun:
             raise RuntimeError("this request has been answered already")
         _check_origin(self)
         _check_user(self)
         if self.command == "HEAD":
             self._send_answer(HTTPStatus.OK, head)
             return
-        # From here on the Client reads from the socket and writes to it. What rfile has
-        # in its buffer is not needed, and takes 8 KiB per stream.
-        self._connection_io.is_answered = True
+        client = self._hand_over_connection(head)
+        if self.server._add_stream(self._slot, client):
+            self.log_request(HTTPStatus.OK)
+            self._hold_stream(client, on_connection or self.server.on_connection)
+        else:
+            self._take_back_connection()
+            self._answer_as_full("no more streams can be watched\n")
+
+    def _hand_over_connection(self, head: bytes) -> Client:
+        """Return a Client, which from now on reads from the socket and writes to it."""
+        self._connection_io.answer_begun = True
+        # Nobody needs what rfile has in its buffer, which takes 8 KiB per stream.
         self.rfile.detach()
         self.rfile = self._connection_io
         self.connection.setblocking(False)
-        client = Client(
+        return Client(
             self.server,
             self.connection,
             address=self.client_address,
@@ -1602,12 +1557,12 @@ class SSERequestHandler(BaseHTTPRequestHandler):
             head=head,
             is_chunked=self._is_chunked,
         )
-        if self.server._add_stream(self._slot, client):
-            self.log_request(HTTPStatus.OK)
-            self._hold_stream(client, on_connection or self.server.on_connection)
-        else:
-            self._take_back_connection()
-            self._answer_as_full("no more streams can be watched\n")
+
+    def _take_back_connection(self) -> None:
+        """Make another answer possible, since the Client has not sent anything."""
+        self.connection.setblocking(True)
+        self.rfile = io.BufferedReader(self._connection_io)
+        self._connection_io.answer_begun = False
 
     def _hold_stream(
         self, client: Client, on_connection: Callable[[Client], object] | None
@@ -1617,35 +1572,28 @@ class SSERequestHandler(BaseHTTPRequestHandler):
             if on_connection is not None:
                 on_connection(client)
             client.wait()
-        except (BrokenPipeError, Refusal) as error:
-            if isinstance(error, Refusal) and client._try_to_withdraw():
+        except BaseException as error:
+            if isinstance(error, Refusal) and client._withdraw():
                 self._take_back_connection()
                 raise
-            # If the stream is closed, these are its normal end: send() has raised the
-            # BrokenPipeError, and the Refusal comes too late to matter.
-            if not client.closed:
+            # A BrokenPipeError from send() is the normal end of a closed stream, and a
+            # Refusal then makes no difference. After any other exception the stream
+            # ends in good order as well: after a status like 500 an EventSource would
+            # never come back.
+            is_normal = isinstance(error, (BrokenPipeError, Refusal))
+            if not (is_normal and client.closed):
                 logger.exception("%s: on_connection failed", self.client_address)
-        except BaseException:
-            # The stream ends in good order all the same: after an answer with 500 an
-            # EventSource would never come back.
-            logger.exception("%s: on_connection failed", self.client_address)
         finally:
             client._finish()
             if client._received:
                 self._may_have_unread_input = True
 
-    def _take_back_connection(self) -> None:
-        """Make it possible to answer in another way: the stream has sent nothing."""
-        self.connection.setblocking(True)
-        self.rfile = io.BufferedReader(self._connection_io)
-        self._connection_io.is_answered = False
-
     def read_body(self, max_size: int = 2**20) -> bytes:
         """Return the whole body of the request, at most `max_size` bytes.
 
-        Raises Refusal if that is impossible. 411: the length is not given. 400: it is
-        not a number, or the body ends before it. 413: it is over `max_size`. 408: the
-        body has not come within `body_timeout` seconds.
+        Raises Refusal otherwise: 411 if the length is not given, 400 if it is not a
+        number or the body ends early, 413 if it is over `max_size`, 408 if the body
+        does not come within `body_timeout` seconds.
         """
         lengths = set(self.headers.get_all("Content-Length", []))
         if not lengths or "Transfer-Encoding" in self.headers:
@@ -1654,7 +1602,7 @@ class SSERequestHandler(BaseHTTPRequestHandler):
         if lengths or not re.fullmatch("[0-9]+", length):
             raise Refusal(HTTPStatus.BAD_REQUEST, "Content-Length is not one number\n")
         digits = length.lstrip("0") or "0"
-        # Without the first test a number of 30,000 digits would be converted.
+        # The first test spares int() a number of 30,000 digits.
         if len(digits) > len(str(max_size)) or int(digits) > max_size:
             raise _standard_refusal(HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
         size = int(digits)
@@ -1668,7 +1616,7 @@ class SSERequestHandler(BaseHTTPRequestHandler):
         self._may_have_unread_input = False
         return body
 
-    # From the first byte to the method.
+    # From the first byte to the do_* method.
 
     def handle_one_request(self) -> None:
         """Read one request and answer it; each connection has only one."""
@@ -1680,11 +1628,11 @@ class SSERequestHandler(BaseHTTPRequestHandler):
         except Refusal as refusal:
             self._answer_refusal(refusal)
         except BaseException as error:
-            if error is self._connection_io.error:  # Our own read or write raised it.
+            if error is self._connection_io.error:  # The client has left.
                 logger.debug("%s: connection lost", self.client_address, exc_info=True)
                 return
             logger.exception("%s: request failed", self.client_address)
-            if not self._connection_io.is_answered:
+            if not self._connection_io.answer_begun:
                 self._answer_refusal(
                     _standard_refusal(HTTPStatus.INTERNAL_SERVER_ERROR)
                 )
@@ -1694,14 +1642,13 @@ class SSERequestHandler(BaseHTTPRequestHandler):
     def _read_head(self) -> None:
         """Read the head of the request (RFC 9112, 2 to 5).
 
-        Without this, http.server would hand it to the e-mail parser, which fails on
-        some heads, needs quadratic time for others, and drops lines of others.
+        Without this, http.server would pass it to the parser for e-mail.
         """
         self.requestline = self.command = self.path = self._target = ""
         self._host: str | None = None
         self.request_version = self.protocol_version
         self.headers = http.client.HTTPMessage()
-        self._head_room = _MAX_HEAD_SIZE  # bytes that the head may still have
+        self._head_room = _MAX_HEAD_SIZE  # bytes that may still come
         # RFC 9112, 2.2: an empty line before the request line is ignored.
         line = self._read_line() or self._read_line()
         self._parse_request_line(line)
@@ -1730,9 +1677,8 @@ class SSERequestHandler(BaseHTTPRequestHandler):
             # RFC 9112, 2.2: LF alone ends a line, too.
             end = 2 if line.endswith(b"\r\n") else 1
             return line[:-end].decode("latin-1")
-        # The input has ended in the middle: the peer has left, or the deadline has
-        # passed, or the server has shut it, because the connection has to give way to
-        # another one, or because the server is closing.
+        # The input has ended too early. Either the peer has left, or the deadline has
+        # passed, or the server has called _shut_reading().
         has_begun = line or self.requestline
         if not has_begun or not self._slot.is_regular:
             raise _NoRequest
@@ -1749,21 +1695,16 @@ class SSERequestHandler(BaseHTTPRequestHandler):
             raise _standard_refusal(HTTPStatus.HTTP_VERSION_NOT_SUPPORTED)
         self.command, target = words[1], words[2]
         self.request_version = f"HTTP/1.{words[4]}"
-        # Without chunks urllib3 (and so requests, and sseclient-py) holds events back
-        # until its read size is full. HTTP/1.0, which nginx speaks, has no chunks.
+        # HTTP/1.0 has no chunks; nginx speaks it to the servers behind it. For HTTP/1.1
+        # they are needed: without them urllib3 (and so requests, and sseclient-py)
+        # holds events back until its read size is full.
         self._is_chunked = self.request_version != "HTTP/1.0"
-        # A request to a proxy has the host in its target (RFC 9112, 3.2.2):
-        #
-        #   sent          path          _target
-        #   ----          ----          -------
-        #   /sse          /sse          /sse
-        #   //sse         /sse          //sse
-        #   http://h/sse  http://h/sse  /sse
-        #
-        # `path` is what programs see, as in http.server: if a page redirected to //x, a
-        # browser would take x for a host. The server's path is compared with `_target`.
-        # A proxy in front has rules for /sse, and these do not hold for //sse.
+        # A page that redirects to its own `path` must not redirect to another host, so
+        # //x is /x there, as in http.server.
         self.path = re.sub("^//+", "/", target)
+        # The server's path is compared with `_target`. There //sse stays as it is,
+        # because a proxy's rules for /sse do not apply to //sse. But of the absolute
+        # form, http://host/sse, only /sse is left (RFC 9112, 3.2.2).
         absolute_form = _ABSOLUTE_FORM.match(target)
         if absolute_form:
             self._host = absolute_form[1]
@@ -1772,7 +1713,7 @@ class SSERequestHandler(BaseHTTPRequestHandler):
         self._target = target
 
     def _call_method(self) -> None:
-        """Check who asks, then call the method that serves the request."""
+        """Check who is asking, then call the do_* method for the request."""
         _check_host(self)
         if not self._slot.is_regular:
             self._answer_as_full("max_connections (--max-connections) is reached\n")
@@ -1782,7 +1723,7 @@ class SSERequestHandler(BaseHTTPRequestHandler):
         if _is_preflight(self):
             self._respond(HTTPStatus.NO_CONTENT, "", _preflight_headers(self))
             return
-        # Names of methods are capital letters: "login" must not call a do_login().
+        # HTTP methods are in capital letters; "login" must not call a do_login().
         is_name = re.fullmatch("[A-Z]+", self.command)
         method = getattr(self, f"do_{self.command}", None) if is_name else None
         if method is None:
@@ -1797,7 +1738,7 @@ class SSERequestHandler(BaseHTTPRequestHandler):
 
     def _answer_undefined_method(self) -> None:
         allow = [("Allow", ", ".join(self._defined_methods()))]
-        if self.command == "OPTIONS":
+        if self.command == "OPTIONS":  # HAProxy sends it as a health check.
             self._respond(HTTPStatus.NO_CONTENT, "", allow)
         elif self.command in _HTTP_METHODS:
             raise Refusal(HTTPStatus.METHOD_NOT_ALLOWED, "not allowed here\n", allow)
@@ -1812,11 +1753,8 @@ class SSERequestHandler(BaseHTTPRequestHandler):
         path, _, _ = self._target.partition("?")
         return _matches(self.server.path, path)
 
-    def _gets_okay(self) -> bool:
-        """Tell whether the answer is the built-in "okay", which is for everybody.
-
-        If a subclass overrides one of these methods, the answer is the program's.
-        """
+    def _gets_built_in_okay(self) -> bool:
+        """Tell whether "okay" is the answer, and not that of a method of a subclass."""
         is_built_in = all(
             getattr(type(self), name) is getattr(SSERequestHandler, name)
             for name in ("serve_plain", "do_GET", "do_HEAD")
@@ -1847,17 +1785,17 @@ class SSERequestHandler(BaseHTTPRequestHandler):
         self.wfile.write(head if self.command == "HEAD" else head + body)
 
     def _answer_refusal(self, refusal: Refusal) -> None:
-        """Answer with `refusal`, unless an answer has been begun already."""
-        if self._connection_io.is_answered:
+        """Answer with `refusal`, unless another answer has begun already."""
+        if self._connection_io.answer_begun:
             logger.error("%s: %r came after the head", self.client_address, refusal)
             return
         with contextlib.suppress(OSError):  # The connection is lost.
             self._respond(refusal.status, refusal.text, refusal.headers)
 
     def _answer_as_full(self, reason: str) -> None:
-        """Say that the server is full, so that an EventSource comes back later.
+        """Say that the server is full, in a way that makes an EventSource come back.
 
-        After any status but 200 it would never come back (standard, 9.2.3).
+        It would not come back after any status but 200 (standard, 9.2.3).
         """
         logger.info("%s: refused, %s", self.client_address, reason.strip())
         accepts_stream = "text/event-stream" in self.headers.get("Accept", "")
@@ -1883,12 +1821,12 @@ class SSERequestHandler(BaseHTTPRequestHandler):
         return self._build_head(HTTPStatus.OK, [*fields, *headers])
 
     def _build_head(self, status: int, headers: Iterable[tuple[str, str]]) -> bytes:
-        """Return a head, which is to leave together with what follows it.
+        """Return a head without sending it, because it leaves with the first frame.
 
-        http.server has no method for that: end_headers() writes the head to wfile, and
-        a program may override end_headers(). So wfile is another file meanwhile.
+        end_headers() writes to wfile, and a program may override it to add headers of
+        its own. So it is called with another wfile.
         """
-        self._headers_buffer: list[bytes] = []  # A program may have begun a head.
+        self._headers_buffer: list[bytes] = []  # A head that a program began is lost.
         self._vary: list[str] = []
         head = io.BytesIO()
         wfile, self.wfile = self.wfile, head
@@ -1902,17 +1840,17 @@ class SSERequestHandler(BaseHTTPRequestHandler):
             self.end_headers()
         finally:
             self.wfile = wfile
-        # end_headers() has set this for a HEAD, but the head itself is not out yet.
+        # end_headers() has set this in answer to a HEAD, but the head is not sent yet.
         self._connection_io.drops_body = False
         return head.getvalue()
 
-    # Repairs to http.server.
+    # Repairs to http.server. They override its methods.
 
     def setup(self) -> None:
         """Prepare the handler; http.server calls this first.
 
-        Its own rfile is closed, because as long as a file shares the socket, closing
-        the socket does not end the connection.
+        Its own rfile is closed. Otherwise Client._end could not reset the connection:
+        while a file shares a socket, socket.close() has no effect on the connection.
         """
         super().setup()
         self._slot = self.server._slots[self.request]
@@ -1926,9 +1864,9 @@ class SSERequestHandler(BaseHTTPRequestHandler):
     def finish(self) -> None:
         """Close in stages (RFC 9112, 9.6); http.server calls this last.
 
-        Without this, an answer may be lost: to close a socket with unread input sends
-        an RST, which may overtake the answer. So we send our FIN, read up to the FIN of
-        the peer, but not longer than `linger` seconds, and only then close.
+        Without this, an answer may be lost: closing a socket with unread input sends an
+        RST, which may overtake the answer. So this sends our FIN, and reads up to the
+        peer's FIN, for `linger` seconds at most, before the socket is closed.
         """
         super().finish()
         if not self._may_have_unread_input:
@@ -1942,29 +1880,29 @@ class SSERequestHandler(BaseHTTPRequestHandler):
                     break
 
     def handle_expect_100(self) -> bool:
-        """Ask for the body. Without this, the 100 would come with other headers."""
+        """Ask for the body. Without this, the 100 would have headers of an answer."""
         self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        self._connection_io.is_answered = False  # That was not yet the answer.
+        self._connection_io.answer_begun = False  # This was not the answer yet.
         return True
 
     def version_string(self) -> str:
-        """Return the Server field. Without this, it tells the version of Python."""
+        """Return the Server field. Without this, it shows the version of Python."""
         return "sse_ref"
 
     def send_response(self, code: int, message: str | None = None) -> None:
-        """Begin a head. Without this, clients would expect more answers after it."""
+        """Begin a head. Without this, clients would reuse the connection."""
         super().send_response(code, message)
         self.send_header("Connection", "close")
 
     def send_header(self, keyword: str, value: str) -> None:
-        """Add a line to the head. Without this, Vary could be there several times."""
+        """Add a line to the head. Without this, there could be several Vary lines."""
         if keyword.lower() == "vary":
             self._vary.append(value)
         else:
             super().send_header(keyword, value)
 
     def end_headers(self) -> None:
-        """Send the head. Without this, a HEAD would get a body, and CORS no headers."""
+        """Send the head. Without this, a HEAD gets a body, and there is no CORS."""
         if self.server.allowed_origins:
             for name, value in _cors_headers(self):
                 self.send_header(name, value)
@@ -1977,7 +1915,7 @@ class SSERequestHandler(BaseHTTPRequestHandler):
     def send_error(
         self, code: int, message: str | None = None, explain: str | None = None
     ) -> None:
-        """Answer with an error. Without this, the text would be a page of HTML."""
+        """Answer with an error. Without this, it would be a page of HTML."""
         phrase, description = self.responses.get(code, ("", ""))
         self.log_error("code %d, message %s", code, message or phrase)
         self._answer_refusal(Refusal(code, f"{explain or message or description}\n"))
@@ -1989,28 +1927,28 @@ def _matches(pattern: str, path: str) -> bool:
     >>> _matches("/a*/b", "/ax/b"), _matches("/a*/b", "/b"), _matches("a*a", "a")
     (True, False, False)
 
-    No regular expression: with several stars, a long path would make it backtrack.
+    A regular expression with several stars would backtrack, and take very long.
     """
-    first, *others = re.sub(r"\*+", "*", pattern).split("*")
-    if not others:
+    if "*" not in pattern:
         return path == pattern
-    if not path.startswith(first):
+    first, *middle, last = pattern.split("*")
+    begin, end = len(first), len(path) - len(last)
+    if begin > end or not (path.startswith(first) and path.endswith(last)):
         return False
-    rest = path[len(first) :]
-    *middle, last = others
     for part in middle:
-        _, found, rest = rest.partition(part)
-        if not found:
+        found = path.find(part, begin, end)
+        if found < 0:
             return False
-    return rest.endswith(last)
+        begin = found + len(part)
+    return True
 
 
 # --- 5. Who gets in ---------------------------------------------------------------
 #
-# The nine lines answer whoever can connect. That includes the pages of other sites in
-# the browsers of those who can, for example in the browser on this machine.
+# The nine lines answer everyone who can connect. That includes web pages from anywhere,
+# if somebody who can connect has opened them in a browser.
 
-# RFC 3986, 3.2. urlsplit() would take "localhost#.evil" for localhost.
+# RFC 3986, 3.2. To urlsplit(), "localhost#.evil" would be localhost.
 _HOST = re.compile(
     r"""
     ( \[ (?P<address> [0-9a-f:.]+ ) \]     # [::1]
@@ -2020,7 +1958,7 @@ _HOST = re.compile(
     """,
     re.VERBOSE,
 )
-# The form in which browsers write an origin (RFC 6454, 6.2).
+# How browsers write an origin (RFC 6454, 6.2).
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(\[[0-9a-f:]+\]|[a-z0-9._-]+)(:[0-9]+)?")
 _DEFAULT_PORTS = ("http://", ":80"), ("https://", ":443")
 _PREFLIGHT_SECONDS = 600
@@ -2029,20 +1967,20 @@ _PREFLIGHT_SECONDS = 600
 def _check_host(handler: SSERequestHandler) -> None:
     """Refuse a request whose Host is missing, ambiguous or not ours.
 
-    The owner of a page can make a name of his own lead to 127.0.0.1 ("DNS rebinding").
-    Then the browser takes this server for that page's own one, but it sends that name.
+    A page can point its own host name at 127.0.0.1 ("DNS rebinding"). The browser then
+    believes that page and server have the same origin, but its Host is that name.
     """
     hosts = handler.headers.get_all("Host", [])
     if len(hosts) > 1 or (not hosts and handler.request_version != "HTTP/1.0"):
         raise Refusal(HTTPStatus.BAD_REQUEST, "one Host is needed\n")  # RFC 9112, 3.2
     host = handler._host
-    if host is None or handler._gets_okay():
+    if host is None or handler._gets_built_in_okay():
         return
     name = _host_name(host)
     if name == "localhost" or name.endswith(".localhost") or _is_ip_address(name):
         return
     allowed = handler.server.allowed_hosts
-    # In a network a machine may have many names, which we cannot know.
+    # On a network a machine may have many names, and we cannot know them.
     is_checked = bool(allowed) or _is_loopback(handler.connection)
     if is_checked and name not in allowed and "*" not in allowed:
         reason = f"Host {host!a} is not in allowed_hosts (--allow-host)\n"
@@ -2050,16 +1988,16 @@ def _check_host(handler: SSERequestHandler) -> None:
 
 
 def _check_origin(handler: SSERequestHandler) -> None:
-    """Refuse a request that a page of another origin has made, if it is not allowed."""
+    """Refuse a request from a page of another origin, unless that is allowed."""
     origin = handler.headers.get("Origin")
     if origin is not None and _allowed_as(handler, origin):
         return
-    # Fetch Metadata, 2.3: the browser says itself where the request comes from.
+    # Fetch Metadata, 2.3: the browser itself says where the request comes from.
     site = handler.headers.get("Sec-Fetch-Site")
     if site is not None:
         is_own = site in ("same-origin", "none")
     elif origin is not None:
-        # The scheme does not matter: TLS may end in a proxy before us.
+        # The scheme does not matter: a proxy in front of us may speak TLS.
         host = handler._host
         is_own = bool(host) and origin.lower().endswith(f"://{host}".lower())
     else:
@@ -2071,7 +2009,7 @@ def _check_origin(handler: SSERequestHandler) -> None:
 
 
 def _check_user(handler: SSERequestHandler) -> None:
-    """Refuse a request for a stream that the program's `authorize` does not let in."""
+    """Refuse a request for a stream unless the program's `authorize` lets it in."""
     authorize = handler.server.authorize
     answer = True if authorize is None else authorize(handler)
     if answer is True:
@@ -2093,8 +2031,8 @@ def _allowed_as(handler: SSERequestHandler, origin: str) -> str:
 def _cors_headers(handler: SSERequestHandler) -> list[tuple[str, str]]:
     """Return the fields that let a page of an allowed origin read the answer.
 
-    Fetch, 3.2. "*" and "null" stand for pages that nobody knows: they may read, but
-    not with the user's cookies.
+    Fetch, 3.2. "*" and "null" stand for unknown pages. These may read, but not with
+    the user's cookies.
     """
     headers = [("Vary", "Origin")]
     allowed_as = _allowed_as(handler, handler.headers.get("Origin", ""))
@@ -2106,7 +2044,7 @@ def _cors_headers(handler: SSERequestHandler) -> list[tuple[str, str]]:
 
 
 def _is_preflight(handler: SSERequestHandler) -> bool:
-    """Tell whether a browser asks what a page of an allowed origin may send."""
+    """Tell whether a browser is asking what a page of an allowed origin may send."""
     if handler.command != "OPTIONS":
         return False
     origin = handler.headers.get("Origin", "")
@@ -2175,20 +2113,18 @@ def _allowed_origin(entry: str) -> str:
 # --- 6. The server ----------------------------------------------------------------
 #
 # ThreadingHTTPServer starts a thread for each connection, however many there are. A
-# peer that sends half of a head keeps its thread for ever. And when the program ends,
-# its streams are cut off, perhaps in the middle of an event.
+# peer that sends half a head keeps its thread for ever. And when the program ends, its
+# streams break off, perhaps in the middle of an event.
 
-_MAX_SURPLUS = 64  # connections over max_connections that are told to come back
-
-
-# The kinds of slots.
+# Each connection has a slot of one of these kinds.
 _REGULAR = "regular"
-_SURPLUS = "surplus"  # The connection is over max_connections, and told to come back.
-_LEAVING = "leaving"  # It had to give way to a new one, and will be gone in a moment.
+_SURPLUS = "surplus"  # It is over max_connections, and is told to come back later.
+_LEAVING = "leaving"  # It gave way to a new one, and will be gone in a moment.
+_MAX_SURPLUS = 64
 
 
 class _Slot:
-    """What the server knows of a connection; the server's lock guards all changes."""
+    """What the server knows about a connection. The server's lock guards changes."""
 
     __slots__ = ("awaits_head", "client", "kind", "thread")
 
@@ -2215,39 +2151,40 @@ class SSEServer(ThreadingHTTPServer):
 
     `server_address`: host and port, IPv4 or IPv6; port 0 picks a free one.
     `on_connection`: called with each new `Client`, in the request's own thread. The
-    stream stays open after it returns. If it raises, that is logged and the stream
-    ends. BrokenPipeError, which `send` raises after the end, is no error.
+    stream stays open after it returns. If it raises an exception, that is logged and
+    the stream ends. A BrokenPipeError from `send` on a closed stream is not logged.
     `path`: where the stream is; `*` stands for any characters, `/` included.
     `authorize`: called with the handler of each request for a stream, in its thread.
-    True lets it in; a status is the answer; anything else is 403.
+    True lets the request in, a status refuses it, and anything else means 403.
     `keepalive`: seconds of silence before a comment is sent; None: never.
     `retry`: the reconnection time that clients are told, in milliseconds.
-    `max_connections`: of all kinds. One more is told to come back later.
+    `max_connections`: open streams and other connections together. Further ones are
+    told to come back later.
     `max_backlog`: bytes that may wait for a slow reader. If there are more when another
     thread wants to send, the stream is reset.
-    `allowed_hosts`: names by which browsers may reach the server, besides IP addresses
-    and localhost, without a port; `"*"` allows any. If some are given, other names get
-    403 on every address, otherwise on loopback addresses only.
+    `allowed_hosts`: names without a port by which browsers may reach the server,
+    besides IP addresses and localhost; `"*"` allows all. If you give any, other names
+    get 403 on every address; otherwise they do on loopback addresses only.
     `allowed_origins`: origins of other pages that may read streams and send requests,
-    for example `"https://app.example"`. `"*"` lets all pages do so. They cannot read
-    what needs cookies then, but what they send may have cookies.
+    for example `"https://app.example"`. `"*"` allows all pages. Then they cannot read
+    what needs cookies, but what they send may have cookies.
 
     Raises ValueError or TypeError if an argument makes no sense, OSError if the address
     is in use or does not exist.
     """
 
-    # The listen backlog. With http.server's 5, some connections of a burst would come
-    # in only a second later. The kernel cuts this number to its own limit.
+    # The listen backlog; the kernel has a limit of its own. With the 5 of http.server,
+    # many clients that connect at once would have to try again a second later.
     request_queue_size = 65535
     # On Windows SO_REUSEADDR would let two servers have the same port.
     allow_reuse_address = os.name == "posix"
 
     head_timeout = 10.0
-    """Seconds within which the whole head of a request must have come."""
+    """Seconds after which a request whose head is not complete is refused."""
     closing_grace = 1.0
     """Seconds that `server_close` gives slow readers to take what they were sent."""
     closing_timeout = 5.0
-    """Seconds after which `server_close` returns, whichever requests still run."""
+    """Seconds after which `server_close` returns, even if some requests still run."""
 
     def __init__(  # noqa: PLR0913
         self,
@@ -2312,9 +2249,9 @@ class SSEServer(ThreadingHTTPServer):
     def run(self) -> None:
         """Serve until SIGINT or SIGTERM, then end every stream in good order.
 
-        After one of these signals both are ignored, also when this has returned. So
-        another one does not interrupt the end of the program. Only the main thread may
-        call this; ValueError otherwise.
+        After the first of these signals both are ignored, even when this has returned,
+        so that a second one does not interrupt the end of the program. Only the main
+        thread may call this; others get a ValueError.
         """
         with self, _stopped_by_signals(self):
             self.serve_forever(poll_interval=0.1)
@@ -2323,7 +2260,7 @@ class SSEServer(ThreadingHTTPServer):
         """Take no more connections, end every stream, wait for the requests' threads.
 
         Streams end after all that was sent and published before. A reader that has not
-        taken it after `closing_grace` seconds is reset. This returns after at most
+        taken that after `closing_grace` seconds is reset. This returns after at most
         `closing_timeout` seconds.
         """
         super().server_close()
@@ -2335,12 +2272,11 @@ class SSEServer(ThreadingHTTPServer):
             if slot.client is not None:
                 slot.client.close()
             else:
-                _shut_reading(request)  # No more of a head, or of a body.
+                _shut_reading(request)  # Nothing more of a head or a body.
         threads = [slot.thread for slot in slots.values()]
         _join(threads, begun + self.closing_grace)
-        for slot in slots.values():
-            if slot.client is not None:
-                slot.client._reset("the server is closing")
+        for client in self._io_thread.clients.copy():
+            client._end("the server is closing")
         _join(threads, begun + self.closing_timeout)
         self._io_thread.stop()
 
@@ -2349,26 +2285,30 @@ class SSEServer(ThreadingHTTPServer):
     def _admit(self, request: socket.socket, thread: threading.Thread) -> bool:
         """Make a slot for a new connection; False if there are too many.
 
-        There are max_connections regular slots, and 64 surplus ones, for connections
-        that are told to come back later. Peers that connect and say nothing must not
-        keep all others out, see _make_room.
+        There are max_connections regular slots, and 64 surplus ones for connections
+        that are told to come back later.
         """
         slot = _Slot(thread)
         with self._lock:
             if self._is_closing:
                 return False
-            has_room = len(self._slots) < self.max_connections
-            if not (has_room or self._make_room(_REGULAR, self.max_connections)):
+            self._io_thread.start()
+            # The first test is only there to spare _make_room() its loop.
+            is_regular = len(self._slots) < self.max_connections or self._make_room(
+                _REGULAR, self.max_connections
+            )
+            if not is_regular:
+                slot.kind = _SURPLUS
                 if not self._make_room(_SURPLUS, _MAX_SURPLUS):
                     return False
-                slot.kind = _SURPLUS
             self._slots[request] = slot
             return True
 
     def _make_room(self, kind: str, limit: int) -> bool:
-        """Make sure that there is a slot of that kind; False if there is not (locked).
+        """Make sure that a slot of that kind is free; False if it is not (locked).
 
-        If all are taken, the connection whose head has been awaited longest gives way.
+        If all are taken, the connection whose head has been awaited longest gives way:
+        peers that connect and then say nothing must not keep everyone else out.
         """
         taken = [each for each in self._slots.items() if each[1].kind is kind]
         if len(taken) < limit:
@@ -2376,23 +2316,23 @@ class SSEServer(ThreadingHTTPServer):
         for request, slot in taken:  # the oldest first
             if slot.awaits_head:
                 slot.kind = _LEAVING
-                _shut_reading(request)  # So its thread finds the end.
+                _shut_reading(request)  # Its thread finds the end of the input.
                 return True
         return False
 
     def _note_complete_head(self, slot: _Slot) -> None:
-        """Say that a connection need not give way any more."""
+        """Note that a connection does not have to give way any more."""
         with self._lock:
             slot.awaits_head = False
 
     def _add_stream(self, slot: _Slot, client: Client) -> bool:
         """Have the I/O thread watch a stream; False if it cannot."""
-        # What is sent must be acknowledged in time, or the kernel ends the connection;
-        # by itself it would take some 15 minutes. Not set on other connections: a
-        # client that pauses a download is not dead.
+        # If the peer does not acknowledge what it is sent within this time, the kernel
+        # ends the connection. Its default is some 15 minutes. Other connections keep
+        # that: a client that pauses a download is not dead.
         timeout = min(max(30, client.stall_timeout), 86_400)
         _set_tcp_option(client._socket, "TCP_USER_TIMEOUT", int(timeout * 1000))
-        with client._lock:  # Nobody may use it before it is watched.
+        with client._lock:
             if not self._io_thread.add(client):
                 return False
             with self._lock:
@@ -2405,29 +2345,24 @@ class SSEServer(ThreadingHTTPServer):
     # What socketserver calls.
 
     def server_bind(self) -> None:
-        """Bind the socket. HTTPServer would look up the host's name, which may hang."""
+        """Bind. HTTPServer would also look up the host's name, which may take long."""
         socketserver.TCPServer.server_bind(self)
         self.server_name = str(self.server_address[0])
         self.server_port = self.server_address[1]
 
     def server_activate(self) -> None:
-        """Listen, and have the kernel ask silent peers whether they still exist.
+        """Listen, and have the kernel check whether silent peers still exist.
 
-        The accepted connections inherit the options. Without them a peer whose cable is
-        out would never be noticed if nothing is sent to it.
+        The accepted connections inherit these options. Without them, a peer that has
+        vanished would never be noticed while nothing is sent to it.
         """
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for name, value in ("KEEPIDLE", 20), ("KEEPINTVL", 10), ("KEEPCNT", 3):
             _set_tcp_option(self.socket, f"TCP_{name}", value)
         super().server_activate()
 
-    def serve_forever(self, poll_interval: float = 0.5) -> None:
-        """Serve until `shutdown()` is called by another thread."""
-        self._io_thread.start()  # Early, while there are descriptors for it.
-        super().serve_forever(poll_interval)
-
     def get_request(self) -> tuple[Any, Any]:
-        """Accept a connection; if the system has no room for it, pause a moment."""
+        """Accept a connection. If the system has no room for it, pause a moment."""
         try:
             return super().get_request()
         except OSError as error:
@@ -2438,7 +2373,6 @@ class SSEServer(ThreadingHTTPServer):
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Start a thread for the request, unless there are too many."""
-        self._io_thread.start()  # for programs that call handle_request() in a loop
         thread = _RequestThread(self, request, client_address)
         if self._admit(request, thread):
             thread.start()
@@ -2449,10 +2383,10 @@ class SSEServer(ThreadingHTTPServer):
     def finish_request(self, request: Any, client_address: Any) -> None:
         """Make a handler, which handles the request in its __init__.
 
-        From CPython 3.11 on, `make(...)` needs room on the C stack, and a call of a
-        function written in Python does not. So without `make(...)` the thread touches
-        one page less of its stack, and an idle stream takes 19 kB and not 23. The same
-        is the reason for _RequestThread.
+        From CPython 3.11 on, calling a class takes room on the C stack, and calling a
+        Python function does not. Without the first kind of call the thread needs one
+        page of its stack less, and an idle stream takes 19 kB instead of 23. That is
+        also the reason for _RequestThread.
         """
         make: Any = self.RequestHandlerClass
         is_class = isinstance(make, type)
@@ -2463,13 +2397,13 @@ class SSEServer(ThreadingHTTPServer):
             make(request, client_address, self)
 
     def shutdown_request(self, request: Any) -> None:
-        """Close the request's connection, and forget it."""
+        """Close a connection and forget it."""
         super().shutdown_request(request)
         with self._lock:
             self._slots.pop(request, None)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Log what went wrong before or after the handling of a request."""
+        """Log an error from outside of handle_one_request."""
         if isinstance(sys.exc_info()[1], OSError):  # The connection is lost.
             logger.debug("%s: connection lost", client_address, exc_info=True)
         else:
@@ -2477,9 +2411,9 @@ class SSEServer(ThreadingHTTPServer):
 
 
 class _RequestThread(threading.Thread):
-    """Like Thread(target=...), but `run` calls a Python function without C in between.
+    """Like Thread(target=...), but without a C function between two Python functions.
 
-    See SSEServer.finish_request for the reason.
+    SSEServer.finish_request gives the reason.
     """
 
     def __init__(self, server: SSEServer, request: Any, client_address: Any) -> None:
@@ -2505,7 +2439,7 @@ def _shut_reading(connection: socket.socket) -> None:
 
 
 def _resolve(address: tuple[str, int]) -> tuple[socket.AddressFamily, Any]:
-    """Find the family and the address to bind; IPv4 if a name has both."""
+    """Find the family and the address to bind. If a name has both, take IPv4."""
     host, port = address[:2]
     found = socket.getaddrinfo(
         host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -2516,8 +2450,8 @@ def _resolve(address: tuple[str, int]) -> tuple[socket.AddressFamily, Any]:
 
 def _join(threads: Iterable[threading.Thread], deadline: float) -> None:
     for thread in threads:
-        # One that has not been started yet does not matter: a stream that it begins is
-        # closed at once, or refused.
+        # A thread that has not started yet does not matter: if it begins a stream, that
+        # is closed at once or refused.
         if thread.is_alive() and thread is not threading.current_thread():
             thread.join(max(deadline - time.monotonic(), 0))
 
@@ -2531,9 +2465,9 @@ def _stopped_by_signals(server: SSEServer) -> Iterator[None]:
         nonlocal is_stopping
         if not is_stopping:
             is_stopping = True
-            # shutdown() waits for serve_forever(), which runs in this thread. So it
-            # needs another one. The signal may have come in the middle of a call of
-            # Thread.start(), which must not be entered a second time.
+            # shutdown() waits for serve_forever(), which runs in this thread, so it
+            # needs another thread. It is not a threading.Thread, because this signal
+            # may have interrupted Thread.start(), which must not be entered twice.
             _thread.start_new_thread(server.shutdown, ())
 
     numbers = (signal.SIGINT, signal.SIGTERM)
@@ -2557,12 +2491,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser = _parser()
     options = parser.parse_args(arguments)
     _raise_descriptor_limit(options.max_connections + _OTHER_DESCRIPTORS)
-    # While lines come fast, the thread that reads them never pauses. Then other threads
-    # wait for the interpreter for 0.5 ms each time, and not for 5 ms.
+    # While lines come fast, the thread that reads them never pauses. With this, other
+    # threads wait 0.5 ms for the interpreter each time, instead of 5 ms.
     sys.setswitchinterval(0.0005)
     lines = Channel() if options.source == "-" else None
     if lines:
-        lines.min_log_size = 2**23  # A file may come faster than a reader takes it.
+        lines.min_log_size = 2**23  # A file may come faster than readers take it.
     try:
         server = _make_server(options, lines.subscribe if lines else _say_hi)
     except (TypeError, ValueError) as error:
@@ -2641,7 +2575,7 @@ def _publish_lines(channel: Channel) -> None:
 
 
 def _read_lines(descriptor: int) -> Iterator[bytearray]:
-    # From the descriptor: at exit, a thread inside sys.stdin would abort the process.
+    # sys.stdin is not used: a thread inside it at exit would abort the process.
     rest = bytearray()
     while piece := os.read(descriptor, 2**16):
         rest += piece

@@ -4553,6 +4553,8 @@ class AnySelector(StreamCase):
             calls = 0
 
             def select(self, timeout=None):
+                if timeout == 0:  # This is not the I/O thread.
+                    return super().select(timeout)
                 self.calls += 1
                 if self.calls % 3 == 0:
                     raise OSError(10038, "as Windows calls what is no socket")
@@ -4679,6 +4681,25 @@ class TheThreads(StreamCase):
             with self.assertRaises(BrokenPipeError):
                 client.send("not into the middle of that")
             wait_until(lambda: threading.active_count() == before + 1 + 1)
+
+    def test_reset_a_stream_in_which_a_replay_has_failed_half_way(self):
+        class Unlucky(socket.socket):
+            def send(self, data, *flags):
+                if b"large" in bytes(data) and not failed:
+                    failed.append(super().send(bytes(data)[:-5]))
+                    raise MemoryError
+                return super().send(data, *flags)
+
+        failed, channel = [], Channel()
+        channel.publish("large")
+        server = self.serve(lambda client: channel.subscribe(client, last=1))
+        replace_sockets(server, Unlucky)
+        with self.logged():
+            peer = Peer(server)
+            self.addCleanup(peer.close)
+            with self.assertRaises(ConnectionResetError):
+                peer.read_body()
+        self.assertTrue(failed)
 
     def test_survive_a_memory_error_on_one_socket(self):
         class Unlucky(socket.socket):
