@@ -21,8 +21,8 @@ plain http.server, nine lines serve one:
     ThreadingHTTPServer(("127.0.0.1", 8080), Handler).serve_forever()
 
 README.md ("How it works") turns them into ninety lines with the same kinds of threads
-as this file. Read those first. Then each chapter here solves a problem that the nine
-lines have:
+as this file; if you have it at hand, read those first. Each chapter here solves a
+problem that the nine lines have:
 
     1. An event          text that contains line breaks
     2. One stream        slow readers, readers that leave, several writing threads
@@ -39,9 +39,10 @@ This is the life of a stream, and which thread does what:
 
   * The thread that called `run` or `serve_forever` accepts the connection and starts a
     thread for it (SSEServer.process_request).
-  * The request's own thread reads the head (SSERequestHandler._read_head), calls
-    `do_GET` (_call_method), checks who is asking (serve_stream), and runs the program's
-    `on_connection`. Then it sleeps until the stream has ended (Client._finish).
+  * The request's own thread reads the head (SSERequestHandler._read_head) and calls
+    `do_GET` (_dispatch). It checks who is asking (serve_stream) and runs the
+    program's `on_connection` (_hold_stream). Then it sleeps until the stream is closed
+    (Client.wait), and until all that was sent is out (Client._finish).
   * Any thread may send an event (Client.send), publish one (Channel.publish), or close
     the stream (Client.close).
   * The fan-out thread, one per channel, writes each published event to the subscribers
@@ -51,8 +52,8 @@ This is the life of a stream, and which thread does what:
     take at first, and brings slow subscribers up to date (Client._send_more). Several
     times per second it checks the time: it sends keep-alive comments, and ends streams
     that are stuck (Client._do_what_is_due).
-  * Finally the request's own thread runs the `on_close` callbacks and closes the
-    connection (SSEServer.shutdown_request).
+  * Finally the request's own thread runs the `on_close` callbacks and closes the socket
+    (SSEServer.shutdown_request).
 
 "Standard" below means section 9.2 of HTML, https://html.spec.whatwg.org/#server-sent-events
 """
@@ -225,11 +226,11 @@ _KEEPALIVE = encode_comment("keep-alive")
 #
 #   HEAD_PENDING --first frame--> OPEN --close()--> DRAINING --all is sent--> ENDED
 #
-# The first two can also lead to ENDED directly, for example when the peer leaves.
+# If the peer leaves or the stream is reset, each of them leads to ENDED directly.
 #
 #   state         send()                   what is still delivered
 #   -----         ------                   -----------------------
-#   HEAD_PENDING  sends the head as well   -
+#   HEAD_PENDING  sends the head as well   everything
 #   OPEN          sends                    everything
 #   DRAINING      raises BrokenPipeError   what was sent or published before close()
 #   ENDED         raises BrokenPipeError   what the kernel holds; nothing after a reset
@@ -243,8 +244,8 @@ _KEEPALIVE = encode_comment("keep-alive")
 # Every client, every channel and the server have a lock. A thread holds at most two of
 # them: first a client's lock, then that of a channel or of the server.
 #
-# Methods whose docstring ends with "(locked)" are called with the lock of their own
-# object held, and "(client locked)" means the lock of the client.
+# "(locked)" in a docstring means: call this with the lock of its own object held. In
+# "(client locked)" it is the lock of the client.
 _HEAD_PENDING = "head pending"
 _OPEN = "open"
 _DRAINING = "draining"
@@ -277,6 +278,17 @@ class _Wakeup:
 
     def wait(self, timeout: float = inf) -> None:
         self._semaphore.acquire(timeout=min(max(timeout, 0), threading.TIMEOUT_MAX))
+
+
+def _release_if_owned(lock: threading.RLock) -> None:
+    """Release `lock` if an exception has left it held.
+
+    A signal handler may raise an exception anywhere in the main thread. From CPython
+    3.14 on, that includes the moment after a with statement has acquired its lock and
+    before its block begins; then nobody would release it. An RLock knows its owner.
+    """
+    with contextlib.suppress(RuntimeError):  # This thread does not hold it.
+        lock.release()
 
 
 class Client:
@@ -321,7 +333,7 @@ class Client:
         self._own_thread = threading.get_ident()
         self._wakeup = _Wakeup()  # The request's own thread sleeps on it.
 
-        # Guards writing to the socket and all attributes below.
+        # Guards writing to the socket, and all changes of the attributes below.
         self._lock = threading.RLock()  # not Lock, see _release_if_owned
         self._state = _HEAD_PENDING
         self._head = head
@@ -333,11 +345,12 @@ class Client:
         # How much of the backlog must be sent before send() returns to the request's
         # own thread. Channels may add to the backlog meanwhile.
         self._awaited_size = 0
-        # When the stream last made progress: it began, the kernel took bytes, or it
-        # had to wait for the reader. All time-outs count from here.
-        self._last_progress = time.monotonic()
+        # All time-outs count from here. It is set when the stream begins, when the
+        # kernel takes bytes, and when the stream begins to wait for its reader.
+        self._timer_start = time.monotonic()
         self._interest = _NOT_WATCHED
         self._received = 0  # bytes that the peer has sent on the open stream
+        # The channels that it is subscribed to, and its place in each (chapter 3).
         self._subscriptions: dict[Channel, _Subscription] = {}
         # The ID after which a channel resumes; only the first channel with a history
         # does so.
@@ -422,24 +435,28 @@ class Client:
 
     # How bytes get to the kernel:
     #
-    #   send, comment ---> _send_frames --.
-    #                                     |---> _write_frames ---> _write ---> kernel
-    #   channels -------------------------'      adds the head,      | leaves the rest
-    #                                            makes a chunk       v
-    #                                                             backlog
+    #   send, comment --> _send_frames --.
+    #                                    |--> _write_frames --.
+    #   _send_more --> Channel._catch_up-'    adds the head,  |
+    #                                         makes a chunk   |
+    #                                                         |--> _write --> kernel
+    #   Channel._fan_out, with one chunk for all -------------'      |
+    #                                                                | leaves the rest
     #                                                                v
-    #   I/O thread ------> _send_more ------------------------> _flush_backlog ---> kernel
+    #   _send_more --> _flush_backlog <--------------------------- backlog
+    #                        '---------------------------------------------> kernel
     #
-    # _send_more() is called when a socket with a backlog can take more. It flushes the
-    # backlog, and then has the channels write what the client has missed.
+    # The I/O thread calls _send_more() whenever a socket that was full can take more.
+    # close() and subscribe() call it to begin with what there is.
 
     def _send_frames(self, frames: bytes) -> None:
         is_own_thread = threading.get_ident() == self._own_thread
         try:
             with self._lock:
                 self._raise_if_closed()
-                # `frames` do not count, so no event is too large by itself. The own
-                # thread waits for its bytes below, so it cannot get far ahead.
+                # The limit is compared with what waits already, without `frames`: a
+                # single event may have any size. The request's own thread waits for its
+                # bytes below, so it cannot get far ahead.
                 is_over_limit = self._backlog_size > self._server.max_backlog
                 if is_over_limit and not is_own_thread:
                     self._end("its backlog is over max_backlog")
@@ -501,11 +518,12 @@ class Client:
             sent = self._hand_to_kernel(data)
         if sent == len(data) or self._state is _ENDED:
             return
-        self._backlog_size += len(data) - sent
-        if self._backlog and len(self._backlog[-1]) + len(data) <= self._joined_size:
-            self._backlog[-1] = memoryview(b"".join((self._backlog[-1], data)))
+        rest = memoryview(data)[sent:]
+        self._backlog_size += len(rest)
+        if self._backlog and len(self._backlog[-1]) + len(rest) <= self._joined_size:
+            self._backlog[-1] = memoryview(b"".join((self._backlog[-1], rest)))
         else:
-            self._backlog.append(memoryview(data)[sent:])
+            self._backlog.append(rest)
         self._watch_for_writing()
 
     def _flush_backlog(self) -> None:
@@ -526,7 +544,10 @@ class Client:
             del self._backlog[0]
 
     def _hand_to_kernel(self, data: bytes | memoryview) -> int:
-        """Return how many bytes of `data` the kernel has taken (locked)."""
+        """Return how many bytes of `data` the kernel has taken (locked).
+
+        If that fails, the stream has ended when this returns.
+        """
         try:
             sent = self._socket.send(data)
         except BlockingIOError:
@@ -534,13 +555,13 @@ class Client:
         except OSError:  # The connection is lost, or was reset.
             self._end()
             return 0
-        self._last_progress = time.monotonic()
+        self._timer_start = time.monotonic()
         return sent
 
     def _watch_for_writing(self) -> None:
         """Have the I/O thread call `_send_more` when the socket takes more (locked)."""
-        if self._interest == _READ:
-            self._last_progress = time.monotonic()  # The reader's time begins to run.
+        if self._interest == _READ:  # otherwise it does so already
+            self._timer_start = time.monotonic()
             self._io_thread.set_interest(self, _READ_AND_WRITE)
 
     def _send_more(self) -> None:
@@ -552,11 +573,10 @@ class Client:
             self._flush_backlog()
             is_behind = False
             for channel, subscription in list(self._subscriptions.items()):
-                if not self._backlog and channel._catch_up(subscription):
-                    is_behind = True
-            if self._backlog:
-                return  # _flush_backlog() has asked for another call.
-            if is_behind:
+                if self._backlog:
+                    break
+                is_behind |= channel._catch_up(subscription)
+            if self._backlog or is_behind:
                 self._watch_for_writing()
             elif self._state is _DRAINING:
                 self._finish_draining()
@@ -583,8 +603,7 @@ class Client:
     #   it is too slow, or the server fails   _end(reset_reason)       an RST
     #   on_connection raises a Refusal        _withdraw                that answer
     #
-    # In each case the request's own thread calls _finish() when on_connection has
-    # returned.
+    # In each case wait() returns, and the request's own thread calls _finish().
 
     def _end(self, reset_reason: str = "") -> None:
         """Enter ENDED: all is sent, or nothing more can be. Any thread may call this.
@@ -644,15 +663,26 @@ class Client:
     def _do_what_is_due(self, now: float) -> None:
         """Send the head or a keep-alive comment, or reset the stream, if it is time."""
         with self._lock:
-            seconds = now - self._last_progress
+            seconds = now - self._timer_start
             if self._state is _HEAD_PENDING:
                 if seconds >= self.head_delay:
                     self._send_head()
-            elif self._interest == _READ_AND_WRITE:  # It waits for the reader.
+            elif self._interest == _READ_AND_WRITE:  # It waits for its reader.
                 if seconds >= self.stall_timeout:
-                    self._end("it has stopped reading")
+                    self._send_more_or_reset()
             elif self._state is _OPEN and seconds >= (self._server.keepalive or inf):
                 self._write_frames(_KEEPALIVE)
+
+    def _send_more_or_reset(self) -> None:
+        """Reset the stream if its reader has really taken nothing (locked).
+
+        The selector may not have told: Linux reports a socket as writable only when a
+        third of its buffer is free, and a slow reader takes long to free that much.
+        """
+        timer_start = self._timer_start
+        self._send_more()
+        if self._timer_start == timer_start:
+            self._end("it has stopped reading")
 
     # The request's own thread calls these.
 
@@ -690,29 +720,6 @@ class Client:
                 logger.exception("%s: a callback of on_close failed", self.address)
 
 
-def _undo_latin_1(value: str) -> str:
-    """Return the text of a header that was sent as UTF-8 (standard, 9.2.4).
-
-    Headers are read as Latin-1. A value that is not valid UTF-8 stays as it is, since
-    fetch() in Node sends Latin-1.
-    """
-    try:
-        return value.encode("latin-1").decode()
-    except UnicodeError:
-        return value
-
-
-def _release_if_owned(lock: threading.RLock) -> None:
-    """Release `lock` if an exception has left it held.
-
-    A signal handler may raise an exception anywhere in the main thread. From CPython
-    3.14 on, that includes the moment after a with statement has acquired its lock and
-    before its block begins; then nobody would release it. An RLock knows its owner.
-    """
-    with contextlib.suppress(RuntimeError):  # This thread does not hold it.
-        lock.release()
-
-
 class _IOThread:
     """Watches the sockets of all open streams, and regularly checks what is due.
 
@@ -720,8 +727,9 @@ class _IOThread:
     and select() work on a copy of the list, so they are woken through a self-pipe: a
     pair of sockets, one of which is watched like those of the streams.
 
-    There is no lock here. What concerns one client is only changed under that client's
-    lock, and different clients have different entries in the selector and in `clients`.
+    There is no lock here. What concerns a client is only changed under that client's
+    lock. Each client has entries of its own in the selector and in `clients`, and
+    single operations on a dict or a set are atomic.
     """
 
     check_interval = 0.25  # seconds between two checks of what is due
@@ -845,8 +853,9 @@ def _call_or_reset(client: Client, step: Callable[[Any], None], argument: Any) -
 # for those that reconnect. A Channel does both with one log, in which each subscriber
 # has a place.
 #
-# The events are numbered 1, 2, 3 and so on. The place of a subscriber is a number, too:
-# all events up to it have been written to this subscriber, or are not for it.
+# The events are numbered 1, 2, 3 and so on. The place of a subscriber is the number of
+# the last event that was written to it. (For a new subscriber it is that of the event
+# after which it begins.)
 #
 #       first                                 _taken             newest
 #        |                                       |                 |
@@ -867,10 +876,14 @@ def _call_or_reset(client: Client, step: Callable[[Any], None], argument: Any) -
 #   5. B reads on. The I/O thread flushes the backlog of B and writes event 9 to it. Now
 #      all have the place 9, and wait for event 10.
 #
-# A place only moves when events are written, and under the lock of its client. So
-# nothing is lost or sent twice, whichever thread comes first. A slow reader does not
-# need a copy of what it has missed. If the log has to drop events that a reader has
-# not got, a gap event tells the reader so.
+# The ninety lines of README.md have one function for all of this, send_more(). Here
+# _fan_out() serves those that keep up, because one chunk for all of them is fast. For
+# those that are behind, _catch_up() makes a chunk for each.
+#
+# Both write and move the place under the lock of the client. So nothing is lost or
+# sent twice, whichever comes first. A slow reader does not need a copy of what it has
+# missed. If the log drops events that a reader still needs, its place moves past them,
+# and a gap event tells the reader so.
 #
 # _Log knows about neither threads nor sockets. Channel connects it with both.
 
@@ -897,7 +910,8 @@ class _Log:
         self.newest = 0
         # By number. Entry 0 stands for the time before the first event, and stays.
         self.events = {0: _Event("", b"", 0)}
-        self._numbers: dict[str, int] = {}  # of events with IDs from the program
+        # The numbers of events whose IDs the program has given.
+        self._number_of_id: dict[str, int] = {}
         self._token = secrets.token_hex(4)
 
     @property
@@ -909,40 +923,38 @@ class _Log:
     def append(self, data: str | None, event: str | None, id_: str | int | None) -> str:
         """Add an event and return its ID.
 
-        One statement commits the event. If a signal handler raises an exception before
-        it, the next event overwrites what is there. If it raises one after it, the
-        event goes out; but an ID from the program may then be missing in `_numbers`,
-        and a client that comes back with that ID gets a gap event.
+        One statement commits the event. So an exception in between, from a signal
+        handler or for want of memory, never leaves half an event in the log.
         """
         number = self.newest + 1
         is_named = id_ is not None
-        # An event without content gets no ID, so that encode_event refuses it.
-        has_content = data is not None or event is not None
-        if self.history and has_content and not is_named:
+        is_empty = data is None and event is None and id_ is None
+        if self.history and not is_named and not is_empty:
             id_ = f"{self._epoch}-{number}"
-        frame = encode_event(data, event=event, id=id_)
+        frame = encode_event(data, event=event, id=id_)  # It refuses an empty event.
         id_text = "" if id_ is None else _id_text(id_)
         bytes_so_far = self.events[self.newest].bytes_so_far + len(frame)
         self.events[number] = _Event(id_text, frame, bytes_so_far)
         self.newest = number  # This commits the event.
+        # If this is interrupted, a client that comes back with the ID gets a gap event.
         if self.history and is_named and id_text:
-            self._numbers[id_text] = number
+            self._number_of_id[id_text] = number
         return id_text
 
-    def trim(self, min_size: int, keep: int) -> None:
+    def trim(self, min_size: int, untaken: int) -> None:
         """Drop old events, except for those that may still be needed.
 
         These are the history (but at least the newest event), the events from number
-        `keep` on, and the newest `min_size` bytes, for slow readers.
+        `untaken` on, and the newest `min_size` bytes, for slow readers.
         """
-        limit = min(self.newest - max(self.history, 1), keep - 1)
+        limit = min(self.newest - max(self.history, 1), untaken - 1)
         size_limit = self.events[self.newest].bytes_so_far - min_size
         while self.first <= limit:
             oldest = self.events[self.first]
             if oldest.bytes_so_far > size_limit:
                 return
-            if self._numbers.get(oldest.id) == self.first:
-                del self._numbers[oldest.id]
+            if self._number_of_id.get(oldest.id) == self.first:
+                del self._number_of_id[oldest.id]
             # In this order: an exception in between must not leave `first` at an event
             # that is gone.
             self.first += 1
@@ -966,10 +978,10 @@ class _Log:
                 break
             frames.append(frame)
             place += 1
-        return b"".join(frames), place  # This does not copy a single frame.
+        return b"".join(frames), place  # If there is only one, it is not copied.
 
-    def resume(self, last_id: str, last: int) -> tuple[int, str, bytes]:
-        """Return a new subscriber's place, its last ID, and the first frame for it.
+    def place_for(self, last_id: str, last: int) -> tuple[int, str, bytes]:
+        """Return a new subscriber's place, the ID that it knows, and its first frame.
 
         its last event ID      its place             its first frame
         -----------------      ---------             ---------------
@@ -977,7 +989,7 @@ class _Log:
         too old, or unknown    before the history    a gap event
         none                   `last` events back    -
 
-        If this leaves nothing to send, its first frame is the newest ID.
+        If no events follow its place, its first frame is the newest ID alone.
         """
         if not self.history:
             return self.newest, "", b""
@@ -998,8 +1010,8 @@ class _Log:
 
     def _find(self, id_: str) -> int:
         """Return the number of the event with that ID, or -1."""
-        if id_ in self._numbers:
-            return self._numbers[id_]
+        if id_ in self._number_of_id:
+            return self._number_of_id[id_]
         epoch, _, digits = id_.rpartition("-")
         is_ours = epoch == self._epoch and re.fullmatch("0|[1-9][0-9]*", digits)
         # int() refuses numbers of thousands of digits.
@@ -1011,8 +1023,8 @@ class _Log:
         """Return the event that tells a client that it has missed some, or b""."""
         if self.gap_event is None or not self.history:
             return b""
-        # The events that follow give the client a new ID. If there are none yet, it
-        # gets one here, so that there is no gap the next time that it reconnects.
+        # The events that follow give the client a new ID. If there are none in the
+        # log, it gets one here: otherwise there would be a gap at every reconnect.
         id_ = None if self.newest else f"{self._epoch}-0"
         return encode_event(last_id, event=self.gap_event, id=id_)
 
@@ -1031,13 +1043,15 @@ class _Piece(NamedTuple):
 class _Subscription:
     """One client's place in the log of one channel; guarded by the client's lock."""
 
-    __slots__ = ("client", "is_active", "last_id", "last_number", "place")
+    __slots__ = ("client", "end", "is_active", "known_id", "place")
 
-    def __init__(self, client: Client, place: int, last_id: str) -> None:
+    def __init__(self, client: Client, place: int, known_id: str) -> None:
         self.client = client
         self.place = place
-        self.last_id = last_id  # the last ID that the client knows, for a gap event
-        self.last_number: int | None = None  # where it ends, once the client is closed
+        self.known_id = known_id  # the last ID that the client knows, for a gap event
+        self.end: int | None = (
+            None  # the place where it ends, once the client is closed
+        )
         self.is_active = True  # until the client unsubscribes or its stream ends
 
 
@@ -1072,7 +1086,7 @@ class Channel:
             encode_event("", event=gap_event)  # Raises if it is no type of an event.
         self._wakeup = _Wakeup()  # The fan-out thread sleeps on it.
 
-        # Guards all attributes below.
+        # Guards all changes of the attributes below.
         self._lock = threading.RLock()  # not Lock, see _release_if_owned
         self._log = _Log(history, gap_event)
         self._taken = 0  # the number of the last event that the fan-out has taken
@@ -1118,7 +1132,7 @@ class Channel:
                 id_text = self._log.append(data, event, id)
                 if self._fan_out_thread is None:  # Nobody is subscribed.
                     self._taken = self._log.newest
-                self._log.trim(self.min_log_size, keep=self._taken)
+                self._log.trim(self.min_log_size, untaken=self._taken)
                 return id_text
         except BaseException:
             _release_if_owned(self._lock)
@@ -1134,7 +1148,7 @@ class Channel:
         It has missed what came after its last event ID, or after the ID `after` if that
         is given. A client without an ID gets the newest `last` events. If the history
         does not hold the ID, the client gets a gap event and then the whole history. A
-        client that subscribes again after `unsubscribe` has missed nothing.
+        client that subscribes again after `unsubscribe` gets nothing of what it missed.
 
         This does not wait until all of that is sent. If the channel is closed, the
         client gets what it has missed, and after `close(end_streams=True)` its end. If
@@ -1205,9 +1219,9 @@ class Channel:
     def _add(self, client: Client, last_id: str, last: int) -> bytes:
         """Add a subscriber; return the first frame for it, or b"" (client locked)."""
         with self._lock:
-            place, last_id, first_frame = self._log.resume(last_id, last)
+            place, known_id, first_frame = self._log.place_for(last_id, last)
             self._start_fan_out()
-            subscription = _Subscription(client, place, last_id)
+            subscription = _Subscription(client, place, known_id)
             self._subscriptions[subscription] = None
         client._subscriptions[self] = subscription
         return first_frame
@@ -1218,33 +1232,30 @@ class Channel:
         The client must not have a backlog. Return whether it is still behind.
         """
         client = subscription.client
-        place = subscription.place
+        gap = b""
         with self._lock:
-            # What comes after `_taken` is left to the fan-out thread. It does not write
-            # to a client that is closed.
-            limit = subscription.last_number
-            if limit is None:
-                limit = self._taken
+            # Later events are for the fan-out thread, unless the client is closed.
+            limit = self._taken if subscription.end is None else subscription.end
+            place = subscription.place
             if place >= limit:
                 return False
-            gap = b""
-            is_overtaken = place + 1 < self._log.first  # Its next event is gone.
+            is_overtaken = place + 1 < self._log.first  # Its next event is dropped.
             if is_overtaken:
-                gap = self._log.gap_after(subscription.last_id)
+                gap = self._log.gap_after(subscription.known_id)
                 place = min(self._log.first - 1, limit)
             frames, place = self._log.frames_after(place, limit, self.piece_size)
-            last_id = self._log.events[place].id if frames else subscription.last_id
+            known_id = self._log.events[place].id if frames else subscription.known_id
         if is_overtaken and not gap:  # A reset is better than a silent loss.
-            client._end("the channel's history has overtaken it")
+            client._end("the channel has dropped events before it read them")
             return False
         client._write_frames(gap + frames)
         subscription.place = place
-        subscription.last_id = last_id
+        subscription.known_id = known_id
         return place < limit
 
     def _stop_after_newest(self, subscription: _Subscription) -> None:
         """Send a subscriber nothing that is published from now on (client locked)."""
-        subscription.last_number = self._log.newest
+        subscription.end = self._log.newest
 
     def _remove(self, subscription: _Subscription) -> None:
         """Forget a subscriber (client locked)."""
@@ -1265,18 +1276,18 @@ class Channel:
             thread.start()  # It waits for the lock.
             self._fan_out_thread = thread
 
-    def _stop_if_unneeded(self) -> bool:
-        """Say that the thread ends, if it has nothing left to do."""
-        with self._lock:
-            is_done = self._closed and self._taken == self._log.newest
-            if self._subscriptions and not is_done:
-                return False
-            self._taken = self._log.newest
-            self._fan_out_thread = None
-            return True
+    def _is_fan_out_needed(self) -> bool:
+        """Tell whether the thread has something to do, or may get it (locked)."""
+        is_done = self._closed and self._taken == self._log.newest
+        return bool(self._subscriptions) and not is_done
 
     def _run(self) -> None:
-        while not self._stop_if_unneeded():
+        while True:
+            with self._lock:
+                if not self._is_fan_out_needed():
+                    self._taken = self._log.newest
+                    self._fan_out_thread = None
+                    return
             try:
                 piece = self._take_piece()
                 if piece is None:
@@ -1298,37 +1309,42 @@ class Channel:
             chunk = b"" if is_large else _encode_chunk(frames)
             last_id = self._log.events[end].id
             subscriptions = list(self._subscriptions)
-            self._taken = end
-            return _Piece(begin, end, last_id, frames, chunk, subscriptions)
+            piece = _Piece(begin, end, last_id, frames, chunk, subscriptions)
+            self._taken = end  # Last, because all the rest may raise a MemoryError.
+            return piece
 
     def _fan_out(self, piece: _Piece) -> None:
-        """Write a piece to all subscribers that keep up.
-
-        As soon as a piece is taken, _catch_up() may write it as well. Each subscriber
-        gets it from the thread that comes first, because that thread moves the place.
-        """
-        begin, end, last_id, frames, chunk, subscriptions = piece
-        for subscription in subscriptions:
+        """Write a piece to all subscribers that keep up."""
+        for subscription in piece.subscriptions:
             client = subscription.client
-            try:
-                with client._lock:
-                    if not subscription.is_active:
-                        continue
-                    keeps_up = subscription.place == begin and not client._backlog
-                    if keeps_up and client._state is _OPEN:
-                        if chunk and client._is_chunked:
-                            client._write(chunk)
-                        else:
-                            client._write_frames(frames)
-                        subscription.place = end
-                        subscription.last_id = last_id
-                    elif subscription.place < end:
-                        # It is behind, or its client is closed, or it subscribed in the
-                        # middle of these events. _catch_up() writes what it needs.
-                        client._watch_for_writing()
-            except Exception:
-                logger.exception("%s: fan-out failed", client.address)
-                client._end("because of an error in the server")
+            with client._lock:
+                try:
+                    self._write_piece(piece, subscription)
+                except Exception:
+                    logger.exception("%s: fan-out failed", client.address)
+                    client._end("because of an error in the server")
+
+    def _write_piece(self, piece: _Piece, subscription: _Subscription) -> None:
+        """Write a piece to a subscriber, if that is what comes next (client locked).
+
+        Since the piece was taken, _catch_up() may have written it as well. Whichever
+        comes first moves the place.
+        """
+        client = subscription.client
+        if not subscription.is_active:
+            return
+        keeps_up = subscription.place == piece.begin and not client._backlog
+        if keeps_up and client._state is _OPEN:
+            if piece.chunk and client._is_chunked:
+                client._write(piece.chunk)
+            else:
+                client._write_frames(piece.frames)
+            subscription.place = piece.end
+            subscription.known_id = piece.last_id
+        elif subscription.place < piece.end:
+            # It is behind, or its client is closed, or it subscribed in the middle of
+            # these events. _catch_up() writes what it needs.
+            client._watch_for_writing()
 
 
 # --- 4. A request -----------------------------------------------------------------
@@ -1401,6 +1417,18 @@ def _header_pairs(headers: Headers) -> list[tuple[str, str]]:
             raise ValueError(f"{name} is set by the server")
         value.encode("latin-1")  # UnicodeEncodeError is a ValueError.
     return pairs
+
+
+def _undo_latin_1(value: str) -> str:
+    """Return the text of a header that was sent as UTF-8 (standard, 9.2.4).
+
+    Headers are read as Latin-1. A value that is not valid UTF-8 stays as it is, since
+    fetch() in Node sends Latin-1.
+    """
+    try:
+        return value.encode("latin-1").decode()
+    except UnicodeError:
+        return value
 
 
 class _ConnectionIO(io.RawIOBase):
@@ -1622,7 +1650,7 @@ class SSERequestHandler(BaseHTTPRequestHandler):
         """Read one request and answer it; each connection has only one."""
         try:
             self._read_head()
-            self._call_method()
+            self._dispatch()
         except _NoRequest:
             pass
         except Refusal as refusal:
@@ -1658,7 +1686,8 @@ class SSERequestHandler(BaseHTTPRequestHandler):
                 raise Refusal(HTTPStatus.BAD_REQUEST, "malformed header line\n")
             if len(self.headers) >= _MAX_FIELD_LINES:
                 raise _standard_refusal(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
-            self.headers[field[1]] = field[2].strip(" \t")  # Message appends.
+            # This adds a field, even if there is one of that name already.
+            self.headers[field[1]] = field[2].strip(" \t")
         self._connection_io.deadline = inf
         self.server._note_complete_head(self._slot)
         if self._host is None:
@@ -1712,7 +1741,7 @@ class SSERequestHandler(BaseHTTPRequestHandler):
             target = target if target.startswith("/") else f"/{target}"
         self._target = target
 
-    def _call_method(self) -> None:
+    def _dispatch(self) -> None:
         """Check who is asking, then call the do_* method for the request."""
         _check_host(self)
         if not self._slot.is_regular:
@@ -1826,7 +1855,8 @@ class SSERequestHandler(BaseHTTPRequestHandler):
         end_headers() writes to wfile, and a program may override it to add headers of
         its own. So it is called with another wfile.
         """
-        self._headers_buffer: list[bytes] = []  # A head that a program began is lost.
+        # If the program has begun another head, it is dropped.
+        self._headers_buffer: list[bytes] = []
         self._vary: list[str] = []
         head = io.BytesIO()
         wfile, self.wfile = self.wfile, head
@@ -1880,7 +1910,7 @@ class SSERequestHandler(BaseHTTPRequestHandler):
                     break
 
     def handle_expect_100(self) -> bool:
-        """Ask for the body. Without this, the 100 would have headers of an answer."""
+        """Ask for the body. Without this, the 100 would end with send_header fields."""
         self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         self._connection_io.answer_begun = False  # This was not the answer yet.
         return True
@@ -1948,7 +1978,7 @@ def _matches(pattern: str, path: str) -> bool:
 # The nine lines answer everyone who can connect. That includes web pages from anywhere,
 # if somebody who can connect has opened them in a browser.
 
-# RFC 3986, 3.2. To urlsplit(), "localhost#.evil" would be localhost.
+# RFC 3986, 3.2. For "localhost#.evil" urlsplit() would return the host localhost.
 _HOST = re.compile(
     r"""
     ( \[ (?P<address> [0-9a-f:.]+ ) \]     # [::1]
@@ -2020,7 +2050,7 @@ def _check_user(handler: SSERequestHandler) -> None:
 
 
 def _allowed_as(handler: SSERequestHandler, origin: str) -> str:
-    """Return the entry of allowed_origins that lets `origin` in, "" if none does."""
+    """Return what Access-Control-Allow-Origin says to `origin`, "" if it is refused."""
     allowed = handler.server.allowed_origins
     if origin.lower() in allowed and origin != "*":
         return origin
@@ -2214,7 +2244,7 @@ class SSEServer(ThreadingHTTPServer):
         self.allowed_origins = frozenset(map(_allowed_origin, allowed_origins))
         self._check_options(RequestHandlerClass)
         self._io_thread = _IOThread()
-        # Guards the two below.
+        # Guards all changes of the two below.
         self._lock = threading.Lock()
         self._slots: dict[socket.socket, _Slot] = {}  # the oldest first
         self._is_closing = False
@@ -2293,14 +2323,10 @@ class SSEServer(ThreadingHTTPServer):
             if self._is_closing:
                 return False
             self._io_thread.start()
-            # The first test is only there to spare _make_room() its loop.
-            is_regular = len(self._slots) < self.max_connections or self._make_room(
-                _REGULAR, self.max_connections
-            )
-            if not is_regular:
-                slot.kind = _SURPLUS
+            if not self._make_room(_REGULAR, self.max_connections):
                 if not self._make_room(_SURPLUS, _MAX_SURPLUS):
                     return False
+                slot.kind = _SURPLUS
             self._slots[request] = slot
             return True
 
@@ -2310,10 +2336,14 @@ class SSEServer(ThreadingHTTPServer):
         If all are taken, the connection whose head has been awaited longest gives way:
         peers that connect and then say nothing must not keep everyone else out.
         """
-        taken = [each for each in self._slots.items() if each[1].kind is kind]
+        if len(self._slots) < limit:  # This spares us the loop.
+            return True
+        taken = {
+            request: slot for request, slot in self._slots.items() if slot.kind is kind
+        }
         if len(taken) < limit:
             return True
-        for request, slot in taken:  # the oldest first
+        for request, slot in taken.items():  # the oldest first
             if slot.awaits_head:
                 slot.kind = _LEAVING
                 _shut_reading(request)  # Its thread finds the end of the input.
@@ -2458,7 +2488,7 @@ def _join(threads: Iterable[threading.Thread], deadline: float) -> None:
 
 @contextlib.contextmanager
 def _stopped_by_signals(server: SSEServer) -> Iterator[None]:
-    """Call `server.shutdown()` when SIGINT or SIGTERM comes; once is enough."""
+    """Call `server.shutdown()` when the first SIGINT or SIGTERM comes."""
     is_stopping = False
 
     def stop(*_: object) -> None:

@@ -3503,6 +3503,25 @@ class ASlowReader(StreamCase):
         self.assert_cut_off(stuck)
         self.assertEqual(server.clients, {clients[1]})
 
+    def test_is_not_cut_off_when_it_is_slow_but_steady(self):
+        # Linux calls a socket writable again only when a third of its buffer is free.
+        with mock.patch.object(Client, "stall_timeout", 0.5), self.logged():
+            server = self.serve(max_backlog=2**30)
+            server.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2**20)
+            peer = self.connect(server)
+            client = self.client_of(server, peer)
+            client.send("x" * 8_000_000)
+            deadline = time.monotonic() + 1.5
+            begun = b""
+            while time.monotonic() < deadline:
+                begun += peer.socket.recv(20_000)
+                time.sleep(0.05)
+            self.assertFalse(client.closed)
+            client.close()
+            rest = peer.read_body()
+        self.assertGreater(len(begun + rest), 8_000_000)
+        self.assertTrue(rest.endswith(b"\r\n0\r\n\r\n"))
+
     def test_gets_all_that_was_sent_before_its_stream_was_closed(self):
         client, peer = self.open()
         client.send("x" * 8_000_000)
@@ -4699,6 +4718,24 @@ class TheThreads(StreamCase):
             self.addCleanup(peer.close)
             with self.assertRaises(ConnectionResetError):
                 peer.read_body()
+            wait_until(lambda: not server.clients)
+        self.assertTrue(failed)
+
+    def test_deliver_an_event_after_a_memory_error_in_the_fan_out(self):
+        failed, piece = [], sse_ref._Piece
+
+        def make_piece(*arguments):
+            if not failed:
+                failed.append(True)
+                raise MemoryError
+            return piece(*arguments)
+
+        channel = Channel()
+        self.addCleanup(channel.close)
+        peer = self.connect(self.serve(channel.subscribe))
+        with self.logged(), mock.patch.object(sse_ref, "_Piece", make_piece):
+            channel.publish("at the second try")
+            self.assertEqual(peer.data(), "at the second try")
         self.assertTrue(failed)
 
     def test_survive_a_memory_error_on_one_socket(self):
