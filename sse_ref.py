@@ -39,8 +39,8 @@ This is the life of a stream, and which thread does what:
 
   * The thread that called `run` or `serve_forever` accepts the connection and starts a
     thread for it (SSEServer.process_request).
-  * The request's own thread reads the head (SSERequestHandler._read_head) and calls
-    `do_GET` (_dispatch). It checks who is asking (serve_stream) and runs the
+  * The request's own thread reads the head (SSERequestHandler.parse_request) and calls
+    `do_GET` (_call_do_method). It checks who is asking (serve_stream) and runs the
     program's `on_connection` (_hold_stream). Then it sleeps until the stream is closed
     (Client.wait), and until all that was sent is out (Client._finish).
   * Any thread may send an event (Client.send), publish one (Channel.publish), or close
@@ -138,9 +138,10 @@ def encode_event(
     if retry is not None:
         if not _is_int(retry):
             raise TypeError(f"retry must be int, not {type(retry).__name__}")
-        if retry < 0:  # Standard, 9.2.6: readers ignore all but ASCII digits.
+        milliseconds = int(retry)
+        if milliseconds < 0:  # Standard, 9.2.6: readers ignore all but ASCII digits.
             raise ValueError("retry must not be negative")
-        lines.append(f"retry: {int(retry)}")
+        lines.append(f"retry: {milliseconds}")
     if id is not None:
         lines.append("id: " + _id_text(id))
     if data is not None:
@@ -1365,6 +1366,7 @@ _MAX_FIELD_LINES = 100
 _ABSOLUTE_FORM = re.compile(r"https?://([^/?#]*)", re.IGNORECASE)
 _HTTP_METHODS = {"CONNECT", "DELETE", "GET", "HEAD", "OPTIONS"}
 _HTTP_METHODS |= {"PATCH", "POST", "PUT", "TRACE"}
+_METHOD_NAME = "[A-Z][A-Z-]*"  # M-SEARCH, for example
 _SAFE_METHODS = {"GET", "HEAD", "OPTIONS"}  # RFC 9110, 9.2.1
 _FULL_RETRY = 5000  # milliseconds after which to come back to a server that is full
 _STATUSES_WITHOUT_BODY = {204, 205, 304}  # RFC 9110, 15.3.5, 15.3.6 and 15.4.5
@@ -1405,17 +1407,23 @@ def _standard_refusal(status: int) -> Refusal:
 
 
 def _header_pairs(headers: Headers) -> list[tuple[str, str]]:
-    """Return `headers` as pairs; raise ValueError or TypeError if one is no header."""
-    pairs = list(headers.items() if isinstance(headers, Mapping) else headers)
+    """Return `headers` as pairs of plain str.
+
+    Raises ValueError or TypeError if one of them is not a header that may be sent.
+    """
+    pairs = []
     ours = {"content-type", "content-length", "transfer-encoding", "connection"}
-    for name, value in pairs:
-        if not isinstance(name, str) or not isinstance(value, str):
-            raise TypeError(f"the name and value of a header are str: {name!r}")
+    for each in headers.items() if isinstance(headers, Mapping) else headers:
+        if not all(isinstance(part, str) for part in each):
+            raise TypeError(f"the name and value of a header are str: {each!r}")
+        # A subclass of str could show the test below another text than it sends.
+        name, value = map(str.__str__, each)
         if not _FIELD_LINE.fullmatch(f"{name}:{value}") or ":" in name:
             raise ValueError(f"not a header field: {name!r}: {value!r}")
         if name.lower() in ours:
             raise ValueError(f"{name} is set by the server")
         value.encode("latin-1")  # UnicodeEncodeError is a ValueError.
+        pairs.append((name, value))
     return pairs
 
 
@@ -1431,37 +1439,35 @@ def _undo_latin_1(value: str) -> str:
         return value
 
 
-class _ConnectionIO(io.RawIOBase):
-    """The bytes of a connection, for a handler's rfile and wfile.
+class _RequestReader(io.RawIOBase):
+    """Reads from a connection, for a handler's rfile.
 
-    It gives all reading one deadline: otherwise a peer that sends one byte per second
-    could keep its thread for hours. And it remembers the error by which this connection
-    was lost: a ConnectionError in a handler may also come from elsewhere, for example
-    from the program's database.
+    There is one deadline for all that is read. http.server only has a time-out for each
+    time: a peer that sends one byte per second could keep its thread for hours.
     """
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
-        self.deadline = inf  # when reading ends, as time.monotonic() has it
+        self.deadline = inf  # as time.monotonic() has it
         self.is_late = False  # whether it has passed
-        self.answer_begun = False  # whether it is too late for another answer
-        self.drops_body = False  # since the answer to a HEAD has none
-        self.error: OSError | None = None  # by which this connection was lost
+        self.error: OSError | None = None  # by which the connection was lost
 
     def readable(self) -> bool:
         return True
 
-    def writable(self) -> bool:
-        return True
+    def fileno(self) -> int:
+        return self._connection.fileno()
 
     def readinto(self, buffer: Any, /) -> int:
+        if self.closed:
+            raise ValueError("the connection belongs to an event stream")
         timeout = self._connection.gettimeout()  # BaseHTTPRequestHandler.timeout
         seconds = self.deadline - time.monotonic()
         try:
             if seconds <= 0:
                 raise socket.timeout
             if seconds < inf:
-                self._connection.settimeout(seconds)
+                self._connection.settimeout(min(seconds, timeout or inf))
             return self._connection.recv_into(buffer)
         except OSError as error:
             if isinstance(error, socket.timeout) and seconds < inf:
@@ -1472,15 +1478,40 @@ class _ConnectionIO(io.RawIOBase):
         finally:
             self._connection.settimeout(timeout)
 
+
+class _AnswerWriter(io.RawIOBase):
+    """Writes to a connection, for a handler's wfile.
+
+    It remembers the error by which the connection was lost. A ConnectionError in a
+    handler may also come from elsewhere, for example from the program's database.
+    """
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self.has_begun = False  # whether it is too late for another answer
+        self.drops_body = False  # since the answer to a HEAD has none
+        self.error: OSError | None = None
+
+    def writable(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return self._connection.fileno()
+
     def write(self, data: Any, /) -> int:
-        if not self.drops_body:
-            self.answer_begun = True
+        if self.closed:
+            raise ValueError("the connection belongs to an event stream")
+        size = memoryview(data).nbytes
+        if size and not self.drops_body:
+            self.has_begun = True
             try:
+                if self.error is not None:
+                    raise self.error
                 self._connection.sendall(data)
             except OSError as error:
                 self.error = error
                 raise
-        return memoryview(data).nbytes
+        return size
 
 
 class SSERequestHandler(BaseHTTPRequestHandler):
@@ -1507,10 +1538,16 @@ class SSERequestHandler(BaseHTTPRequestHandler):
 
     server: SSEServer
 
+    # Programs may combine this class with one of their own. So the private names here
+    # are longer than usual, lest they be the names of something else.
     protocol_version = "HTTP/1.1"
+    server_version = "sse_ref"
     disable_nagle_algorithm = True  # An event must not wait for the one before it.
+    rfile: Any
     wfile: Any
     _may_have_unread_input = True  # See finish().
+    _body_is_read = False
+    _head_is_interim = False
 
     body_timeout = 30.0
     """Seconds after which `read_body` gives up."""
@@ -1535,7 +1572,7 @@ class SSERequestHandler(BaseHTTPRequestHandler):
 
         Write the body as for a GET: in answer to a HEAD it is dropped.
         """
-        self._respond(HTTPStatus.OK, "okay")
+        self._answer_with_text(HTTPStatus.OK, "okay")
 
     def serve_stream(
         self,
@@ -1554,43 +1591,55 @@ class SSERequestHandler(BaseHTTPRequestHandler):
         get in, RuntimeError if the request has been answered already.
         """
         head = self._build_stream_head(_header_pairs(headers))
-        if self._connection_io.answer_begun:
+        if self._is_answered():
             raise RuntimeError("this request has been answered already")
         _check_origin(self)
         _check_user(self)
         if self.command == "HEAD":
-            self._send_answer(HTTPStatus.OK, head)
+            self._send_head_and_body(HTTPStatus.OK, head)
             return
+        self._log_answer(HTTPStatus.OK)
         client = self._hand_over_connection(head)
-        if self.server._add_stream(self._slot, client):
-            self.log_request(HTTPStatus.OK)
-            self._hold_stream(client, on_connection or self.server.on_connection)
+        if self.server._add_stream(self._connection_slot, client):
+            if on_connection is None:
+                on_connection = self.server.on_connection
+            self._hold_stream(client, on_connection)
         else:
             self._take_back_connection()
             self._answer_as_full("no more streams can be watched\n")
 
     def _hand_over_connection(self, head: bytes) -> Client:
         """Return a Client, which from now on reads from the socket and writes to it."""
-        self._connection_io.answer_begun = True
-        # Nobody needs what rfile has in its buffer, which takes 8 KiB per stream.
-        self.rfile.detach()
-        self.rfile = self._connection_io
+        # The buffer of rfile, which takes 8 KiB, is not needed any more.
+        self.rfile.close()
+        self.rfile = self._request_reader
+        self._request_reader.close()
+        self._answer_writer.close()
         self.connection.setblocking(False)
         return Client(
             self.server,
             self.connection,
             address=self.client_address,
             headers=self.headers,
-            target=self._target,
+            target=self._request_target,
             head=head,
-            is_chunked=self._is_chunked,
+            is_chunked=self._answer_is_chunked,
         )
 
     def _take_back_connection(self) -> None:
         """Make another answer possible, since the Client has not sent anything."""
-        self.connection.setblocking(True)
-        self.rfile = io.BufferedReader(self._connection_io)
-        self._connection_io.answer_begun = False
+        self.connection.settimeout(self.timeout)
+        self._make_files()
+
+    def _make_files(self) -> None:
+        self._request_reader = _RequestReader(self.connection)
+        self._answer_writer = _AnswerWriter(self.connection)
+        self.rfile = io.BufferedReader(self._request_reader)
+        self.wfile = self._answer_writer
+
+    def _is_answered(self) -> bool:
+        """Tell whether an answer has begun, by us or by a Client."""
+        return self._answer_writer.has_begun or self._answer_writer.closed
 
     def _hold_stream(
         self, client: Client, on_connection: Callable[[Client], object] | None
@@ -1621,8 +1670,11 @@ class SSERequestHandler(BaseHTTPRequestHandler):
 
         Raises Refusal otherwise: 411 if the length is not given, 400 if it is not a
         number or the body ends early, 413 if it is over `max_size`, 408 if the body
-        does not come within `body_timeout` seconds.
+        does not come within `body_timeout` seconds. Raises RuntimeError if the body has
+        been read already, or after `serve_stream`.
         """
+        if self._body_is_read or self._request_reader.closed:
+            raise RuntimeError("the body can be read once, and before serve_stream()")
         lengths = set(self.headers.get_all("Content-Length", []))
         if not lengths or "Transfer-Encoding" in self.headers:
             raise _standard_refusal(HTTPStatus.LENGTH_REQUIRED)
@@ -1634,11 +1686,12 @@ class SSERequestHandler(BaseHTTPRequestHandler):
         if len(digits) > len(str(max_size)) or int(digits) > max_size:
             raise _standard_refusal(HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
         size = int(digits)
-        self._connection_io.deadline = time.monotonic() + self.body_timeout
-        body = self.rfile.read(size)
-        self._connection_io.deadline = inf
+        self._body_is_read = True
+        self._request_reader.deadline = time.monotonic() + self.body_timeout
+        body: bytes = self.rfile.read(size)
+        self._request_reader.deadline = inf
         if len(body) < size:
-            if self._connection_io.is_late:
+            if self._request_reader.is_late:
                 raise _standard_refusal(HTTPStatus.REQUEST_TIMEOUT)
             raise Refusal(HTTPStatus.BAD_REQUEST, "the body ends before its length\n")
         self._may_have_unread_input = False
@@ -1649,38 +1702,39 @@ class SSERequestHandler(BaseHTTPRequestHandler):
     def handle_one_request(self) -> None:
         """Read one request and answer it; each connection has only one."""
         try:
-            self._read_head()
-            self._dispatch()
+            if self.parse_request():
+                self._call_do_method()
         except _NoRequest:
             pass
         except Refusal as refusal:
             self._answer_refusal(refusal)
         except BaseException as error:
-            if error is self._connection_io.error:  # The client has left.
+            if error in (self._request_reader.error, self._answer_writer.error):
                 logger.debug("%s: connection lost", self.client_address, exc_info=True)
                 return
             logger.exception("%s: request failed", self.client_address)
-            if not self._connection_io.answer_begun:
+            if not self._is_answered():
                 self._answer_refusal(
                     _standard_refusal(HTTPStatus.INTERNAL_SERVER_ERROR)
                 )
         finally:
             self.close_connection = True
 
-    def _read_head(self) -> None:
-        """Read the head of the request (RFC 9112, 2 to 5).
+    def parse_request(self) -> bool:
+        """Read the head of the request (RFC 9112, 2 to 5); return True.
 
-        Without this, http.server would pass it to the parser for e-mail.
+        Without this, http.server would pass it to the parser for e-mail. A program may
+        override this: if it returns False, the request is not served.
         """
-        self.requestline = self.command = self.path = self._target = ""
-        self._host: str | None = None
+        self.requestline = self.command = self.path = self._request_target = ""
+        self._request_host: str | None = None
         self.request_version = self.protocol_version
         self.headers = http.client.HTTPMessage()
         self._head_room = _MAX_HEAD_SIZE  # bytes that may still come
         # RFC 9112, 2.2: an empty line before the request line is ignored.
-        line = self._read_line() or self._read_line()
+        line = self._read_head_line() or self._read_head_line()
         self._parse_request_line(line)
-        while line := self._read_line():
+        while line := self._read_head_line():
             field = _FIELD_LINE.fullmatch(line)
             if field is None:
                 raise Refusal(HTTPStatus.BAD_REQUEST, "malformed header line\n")
@@ -1688,17 +1742,18 @@ class SSERequestHandler(BaseHTTPRequestHandler):
                 raise _standard_refusal(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
             # This adds a field, even if there is one of that name already.
             self.headers[field[1]] = field[2].strip(" \t")
-        self._connection_io.deadline = inf
-        self.server._note_complete_head(self._slot)
-        if self._host is None:
-            self._host = self.headers.get("Host")
+        self._request_reader.deadline = inf
+        self.server._note_complete_head(self._connection_slot)
+        if self._request_host is None:
+            self._request_host = self.headers.get("Host")
         self._may_have_unread_input = (
             "Content-Length" in self.headers or "Transfer-Encoding" in self.headers
         )
+        return True
 
-    def _read_line(self) -> str:
+    def _read_head_line(self) -> str:
         """Return the next line of the head without its end, "" for an empty line."""
-        line = self.rfile.readline(self._head_room + 1)
+        line: bytes = self.rfile.readline(self._head_room + 1)
         self._head_room -= len(line)
         if self._head_room < 0:
             raise _standard_refusal(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
@@ -1709,9 +1764,9 @@ class SSERequestHandler(BaseHTTPRequestHandler):
         # The input has ended too early. Either the peer has left, or the deadline has
         # passed, or the server has called _shut_reading().
         has_begun = line or self.requestline
-        if not has_begun or not self._slot.is_regular:
+        if not has_begun or not self._connection_slot.is_regular:
             raise _NoRequest
-        if self._connection_io.is_late:
+        if self._request_reader.is_late:
             raise _standard_refusal(HTTPStatus.REQUEST_TIMEOUT)
         raise Refusal(HTTPStatus.BAD_REQUEST, "the head is not complete\n")
 
@@ -1727,7 +1782,8 @@ class SSERequestHandler(BaseHTTPRequestHandler):
         # HTTP/1.0 has no chunks; nginx speaks it to the servers behind it. For HTTP/1.1
         # they are needed: without them urllib3 (and so requests, and sseclient-py)
         # holds events back until its read size is full.
-        self._is_chunked = self.request_version != "HTTP/1.0"
+        versions = (self.request_version, self.protocol_version)
+        self._answer_is_chunked = "HTTP/1.0" not in versions
         # A page that redirects to its own `path` must not redirect to another host, so
         # //x is /x there, as in http.server.
         self.path = re.sub("^//+", "/", target)
@@ -1736,24 +1792,24 @@ class SSERequestHandler(BaseHTTPRequestHandler):
         # form, http://host/sse, only /sse is left (RFC 9112, 3.2.2).
         absolute_form = _ABSOLUTE_FORM.match(target)
         if absolute_form:
-            self._host = absolute_form[1]
+            self._request_host = absolute_form[1]
             target = target[absolute_form.end() :]
             target = target if target.startswith("/") else f"/{target}"
-        self._target = target
+        self._request_target = target
 
-    def _dispatch(self) -> None:
+    def _call_do_method(self) -> None:
         """Check who is asking, then call the do_* method for the request."""
         _check_host(self)
-        if not self._slot.is_regular:
+        if not self._connection_slot.is_regular:
             self._answer_as_full("max_connections (--max-connections) is reached\n")
             return
         if self.command not in _SAFE_METHODS:
             _check_origin(self)
         if _is_preflight(self):
-            self._respond(HTTPStatus.NO_CONTENT, "", _preflight_headers(self))
+            self._answer_with_text(HTTPStatus.NO_CONTENT, "", _preflight_headers(self))
             return
         # HTTP methods are in capital letters; "login" must not call a do_login().
-        is_name = re.fullmatch("[A-Z]+", self.command)
+        is_name = re.fullmatch(_METHOD_NAME, self.command)
         method = getattr(self, f"do_{self.command}", None) if is_name else None
         if method is None:
             self._answer_undefined_method()
@@ -1761,25 +1817,26 @@ class SSERequestHandler(BaseHTTPRequestHandler):
         # RFC 9110, 10.1.1: the client waits for this before it sends the body.
         expects = self.headers.get("Expect", "").lower() == "100-continue"
         has_body = self._may_have_unread_input and self.command != "HEAD"
-        if expects and has_body and self.request_version != "HTTP/1.0":
-            self.handle_expect_100()
-        method()
+        is_asked = expects and has_body and self.request_version != "HTTP/1.0"
+        if not is_asked or self.handle_expect_100():
+            method()
 
     def _answer_undefined_method(self) -> None:
         allow = [("Allow", ", ".join(self._defined_methods()))]
         if self.command == "OPTIONS":  # HAProxy sends it as a health check.
-            self._respond(HTTPStatus.NO_CONTENT, "", allow)
+            self._answer_with_text(HTTPStatus.NO_CONTENT, "", allow)
         elif self.command in _HTTP_METHODS:
             raise Refusal(HTTPStatus.METHOD_NOT_ALLOWED, "not allowed here\n", allow)
         else:
             raise _standard_refusal(HTTPStatus.NOT_IMPLEMENTED)
 
     def _defined_methods(self) -> list[str]:
-        names = {name[3:] for name in dir(self) if re.fullmatch("do_[A-Z]+", name)}
-        return sorted(names | {"OPTIONS"})
+        names = [name for name in dir(self) if re.fullmatch(f"do_{_METHOD_NAME}", name)]
+        defined = {name[3:] for name in names if getattr(self, name) is not None}
+        return sorted(defined | {"OPTIONS"})
 
     def _is_for_stream(self) -> bool:
-        path, _, _ = self._target.partition("?")
+        path, _, _ = self._request_target.partition("?")
         return _matches(self.server.path, path)
 
     def _gets_built_in_okay(self) -> bool:
@@ -1793,7 +1850,7 @@ class SSERequestHandler(BaseHTTPRequestHandler):
 
     # Answers.
 
-    def _respond(
+    def _answer_with_text(
         self, status: int, text: str, headers: Iterable[tuple[str, str]] = ()
     ) -> None:
         """Answer with a short text."""
@@ -1807,19 +1864,26 @@ class SSERequestHandler(BaseHTTPRequestHandler):
             fields.append(("Content-Type", "text/plain; charset=utf-8"))
             fields.append(("X-Content-Type-Options", "nosniff"))
             fields.append(("Content-Length", str(len(body))))
-        self._send_answer(status, self._build_head(status, fields), body)
+        self._send_head_and_body(status, self._build_answer_head(status, fields), body)
 
-    def _send_answer(self, status: int, head: bytes, body: bytes = b"") -> None:
-        self.log_request(status)
+    def _send_head_and_body(self, status: int, head: bytes, body: bytes = b"") -> None:
+        self._log_answer(status)
         self.wfile.write(head if self.command == "HEAD" else head + body)
+
+    def _log_answer(self, status: int) -> None:
+        """Write a line of the request log; the answer does not depend on that."""
+        try:
+            self.log_request(status)
+        except Exception:
+            logger.exception("%s: the request log failed", self.client_address)
 
     def _answer_refusal(self, refusal: Refusal) -> None:
         """Answer with `refusal`, unless another answer has begun already."""
-        if self._connection_io.answer_begun:
+        if self._is_answered():
             logger.error("%s: %r came after the head", self.client_address, refusal)
             return
         with contextlib.suppress(OSError):  # The connection is lost.
-            self._respond(refusal.status, refusal.text, refusal.headers)
+            self._answer_with_text(refusal.status, refusal.text, refusal.headers)
 
     def _answer_as_full(self, reason: str) -> None:
         """Say that the server is full, in a way that makes an EventSource come back.
@@ -1831,12 +1895,12 @@ class SSERequestHandler(BaseHTTPRequestHandler):
         wants_stream = self._is_for_stream() or accepts_stream
         if self.command not in ("GET", "HEAD") or not wants_stream:
             retry_after = [("Retry-After", str(_FULL_RETRY // 1000))]
-            self._respond(HTTPStatus.SERVICE_UNAVAILABLE, reason, retry_after)
+            self._answer_with_text(HTTPStatus.SERVICE_UNAVAILABLE, reason, retry_after)
             return
         body = b"retry: %d\n%b" % (_FULL_RETRY, encode_comment(reason.strip()))
-        if self._is_chunked:
+        if self._answer_is_chunked:
             body = _encode_chunk(body) + _LAST_CHUNK
-        self._send_answer(HTTPStatus.OK, self._build_stream_head([]), body)
+        self._send_head_and_body(HTTPStatus.OK, self._build_stream_head([]), body)
 
     def _build_stream_head(self, headers: Iterable[tuple[str, str]]) -> bytes:
         fields = [
@@ -1845,11 +1909,13 @@ class SSERequestHandler(BaseHTTPRequestHandler):
             ("Cache-Control", "no-cache, no-transform"),
             ("X-Accel-Buffering", "no"),  # nginx must not wait for more.
         ]
-        if self._is_chunked:
+        if self._answer_is_chunked:
             fields.append(("Transfer-Encoding", "chunked"))
-        return self._build_head(HTTPStatus.OK, [*fields, *headers])
+        return self._build_answer_head(HTTPStatus.OK, [*fields, *headers])
 
-    def _build_head(self, status: int, headers: Iterable[tuple[str, str]]) -> bytes:
+    def _build_answer_head(
+        self, status: int, headers: Iterable[tuple[str, str]]
+    ) -> bytes:
         """Return a head without sending it, because it leaves with the first frame.
 
         end_headers() writes to wfile, and a program may override it to add headers of
@@ -1857,7 +1923,7 @@ class SSERequestHandler(BaseHTTPRequestHandler):
         """
         # If the program has begun another head, it is dropped.
         self._headers_buffer: list[bytes] = []
-        self._vary: list[str] = []
+        self._vary_values: list[str] = []
         head = io.BytesIO()
         wfile, self.wfile = self.wfile, head
         try:
@@ -1871,7 +1937,7 @@ class SSERequestHandler(BaseHTTPRequestHandler):
         finally:
             self.wfile = wfile
         # end_headers() has set this in answer to a HEAD, but the head is not sent yet.
-        self._connection_io.drops_body = False
+        self._answer_writer.drops_body = False
         return head.getvalue()
 
     # Repairs to http.server. They override its methods.
@@ -1883,13 +1949,11 @@ class SSERequestHandler(BaseHTTPRequestHandler):
         while a file shares a socket, socket.close() has no effect on the connection.
         """
         super().setup()
-        self._slot = self.server._slots[self.request]
-        self._connection_io: Any = _ConnectionIO(self.connection)
+        self._connection_slot = self.server._slots[self.request]
         self.rfile.close()
-        self.rfile = io.BufferedReader(self._connection_io)
-        self.wfile = self._connection_io
-        self._connection_io.deadline = time.monotonic() + self.server.head_timeout
-        self._vary = []
+        self._make_files()
+        self._request_reader.deadline = time.monotonic() + self.server.head_timeout
+        self._vary_values = []
 
     def finish(self) -> None:
         """Close in stages (RFC 9112, 9.6); http.server calls this last.
@@ -1909,15 +1973,15 @@ class SSERequestHandler(BaseHTTPRequestHandler):
                 if not self.connection.recv(2**16):
                     break
 
-    def handle_expect_100(self) -> bool:
-        """Ask for the body. Without this, the 100 would end with send_header fields."""
-        self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        self._connection_io.answer_begun = False  # This was not the answer yet.
-        return True
-
     def version_string(self) -> str:
         """Return the Server field. Without this, it shows the version of Python."""
-        return "sse_ref"
+        return self.server_version
+
+    def send_response_only(self, code: int, message: str | None = None) -> None:
+        """Begin a head. Without this, one like 100 would be taken for the answer."""
+        super().send_response_only(code, message)
+        is_final = code >= HTTPStatus.OK or code == HTTPStatus.SWITCHING_PROTOCOLS
+        self._head_is_interim = not is_final
 
     def send_response(self, code: int, message: str | None = None) -> None:
         """Begin a head. Without this, clients would reuse the connection."""
@@ -1927,20 +1991,24 @@ class SSERequestHandler(BaseHTTPRequestHandler):
     def send_header(self, keyword: str, value: str) -> None:
         """Add a line to the head. Without this, there could be several Vary lines."""
         if keyword.lower() == "vary":
-            self._vary.append(value)
+            self._vary_values.append(value)
         else:
             super().send_header(keyword, value)
 
     def end_headers(self) -> None:
         """Send the head. Without this, a HEAD gets a body, and there is no CORS."""
+        if self._head_is_interim:  # RFC 9110, 15.2: the answer will follow.
+            super().end_headers()
+            self._answer_writer.has_begun = False
+            return
         if self.server.allowed_origins:
             for name, value in _cors_headers(self):
                 self.send_header(name, value)
-        if self._vary:
-            super().send_header("Vary", ", ".join(dict.fromkeys(self._vary)))
-            self._vary = []
+        if self._vary_values:
+            super().send_header("Vary", ", ".join(dict.fromkeys(self._vary_values)))
+            self._vary_values = []
         super().end_headers()
-        self._connection_io.drops_body = self.command == "HEAD"
+        self._answer_writer.drops_body = self.command == "HEAD"
 
     def send_error(
         self, code: int, message: str | None = None, explain: str | None = None
@@ -2003,7 +2071,7 @@ def _check_host(handler: SSERequestHandler) -> None:
     hosts = handler.headers.get_all("Host", [])
     if len(hosts) > 1 or (not hosts and handler.request_version != "HTTP/1.0"):
         raise Refusal(HTTPStatus.BAD_REQUEST, "one Host is needed\n")  # RFC 9112, 3.2
-    host = handler._host
+    host = handler._request_host
     if host is None or handler._gets_built_in_okay():
         return
     name = _host_name(host)
@@ -2028,7 +2096,7 @@ def _check_origin(handler: SSERequestHandler) -> None:
         is_own = site in ("same-origin", "none")
     elif origin is not None:
         # The scheme does not matter: a proxy in front of us may speak TLS.
-        host = handler._host
+        host = handler._request_host
         is_own = bool(host) and origin.lower().endswith(f"://{host}".lower())
     else:
         is_own = True
@@ -2434,7 +2502,9 @@ class SSEServer(ThreadingHTTPServer):
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Log an error from outside of handle_one_request."""
-        if isinstance(sys.exc_info()[1], OSError):  # The connection is lost.
+        error = sys.exc_info()[1]
+        is_lost = getattr(error, "errno", None) in (errno.EINVAL, errno.ENOTCONN)
+        if is_lost or isinstance(error, ConnectionError):
             logger.debug("%s: connection lost", client_address, exc_info=True)
         else:
             logger.exception("%s: request failed", client_address)

@@ -1473,6 +1473,77 @@ class AStreamInAnswer(RequestCase):
                 self.assertEqual(self.events(server, path, method="POST"), [])
                 self.finish_requests(server)
 
+    def test_is_that_of_serve_stream_even_if_its_function_is_empty(self):
+        class Room(list):
+            def __call__(self, client):
+                client.send("welcome to an empty room")
+                client.close()
+
+        handler = answering(lambda handler: handler.serve_stream(Room()))
+        server = self.serve(say_goodbye, handler=handler)
+        events = self.events(server, "/room")
+        self.assertEqual(events, ["welcome to an empty room"])
+
+    def test_follows_a_body_that_was_put_back(self):
+        def put_back(handler):
+            handler.rfile = io.BytesIO(handler.read_body())
+            handler.serve_stream(say_goodbye)
+
+        server = self.serve(handler=answering(put_back))
+        self.assertEqual(self.events(server, method="POST", body=b"x"), ["goodbye"])
+
+    def test_is_given_even_if_the_request_log_fails(self):
+        class Handler(SSERequestHandler):
+            def log_message(self, *arguments):
+                raise OSError("the disk is full")
+
+        server = self.serve(say_goodbye, handler=Handler)
+        with self.logged():
+            for _ in range(3):
+                self.assertEqual(self.events(server), ["goodbye"])
+                self.assertEqual(self.answer(server).text, "okay")
+                self.assertEqual(self.status(server, "/x", method="PUT"), 405)
+
+    def test_does_not_mix_with_the_handlers_own_reading_and_writing(self):
+        def serve(handler):
+            def on_connection(client):
+                for step in (
+                    handler.read_body,
+                    lambda: handler.rfile.read(1),
+                    lambda: handler.wfile.write(b"x"),
+                ):
+                    with self.assertRaises((RuntimeError, ValueError)):
+                        step()
+                client.send("in order")
+                client.close()
+
+            handler.serve_stream(on_connection)
+
+        server = self.serve(handler=answering(serve))
+        self.assertEqual(self.events(server, method="POST", body=b"x"), ["in order"])
+
+    def test_is_in_http_1_0_if_the_handler_speaks_that(self):
+        class Handler(QuietHandler):
+            protocol_version = "HTTP/1.0"
+
+        server = self.serve(say_goodbye, handler=Handler)
+        answer = self.ask(server, b"GET /sse HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        self.assertRegex(answer, rb"\AHTTP/1.0 200 ")
+        self.assertNotIn(b"chunked", answer)
+        self.assertTrue(answer.endswith(b"\r\n\r\ndata: goodbye\n\n"))
+
+    def test_has_no_headers_that_only_pretend_to_be_harmless(self):
+        smuggled = LyingStr("a\r\nSmuggled: yes")
+        harmless = LyingStr("a")
+        for headers in ({"X-A": smuggled}, {smuggled: "a"}):
+            with self.subTest(headers=headers), self.assertRaises(ValueError):
+                sse_ref.Refusal(404, headers=headers)
+        handler = answering(
+            lambda handler: handler.serve_stream(say_goodbye, {"X-A": harmless})
+        )
+        peer = self.connect(self.serve(handler=handler), "/")
+        self.assertEqual(peer.headers["X-A"], "a")
+
 
 class ABody(RequestCase):
     """read_body."""
@@ -1520,6 +1591,23 @@ class ABody(RequestCase):
         peer.socket.sendall(b"the ")
         peer.socket.sendall(b"body")
         self.assertEqual(peer.read_head().read_body(), b"half of the body")
+
+    def test_is_read_once(self):
+        def read_twice(handler):
+            handler.read_body()
+            handler.read_body()
+
+        server = self.serve(handler=answering(read_twice))
+        with self.assert_logs(RuntimeError):
+            head = b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1\r\n\r\n"
+            answer = self.ask(server, head + b"xyz")
+        self.assertRegex(answer, rb"\AHTTP/1.1 500 ")
+
+    def test_has_the_time_that_the_handlers_class_gives_it(self):
+        server = self.serve_bodies()
+        server.RequestHandlerClass.timeout = 0.2
+        peer = self.begin(server)
+        self.assertEqual(peer.read_head().status, 408)
 
     def test_without_a_length_is_refused_by_411(self):
         server = self.serve_bodies()
@@ -1908,6 +1996,52 @@ class AFailure(RequestCase):
                 self.assertRegex(answer, rb"\AHTTP/1.1 200 ")
                 self.assertEqual(answer.partition(b"\r\n\r\n")[2], rest)
 
+    def test_is_answered_with_500_if_a_write_has_sent_nothing(self):
+        def write_text(handler):
+            handler.send_response(200)
+            handler.wfile.write("text, where bytes belong")
+
+        def write_nothing(handler):
+            handler.wfile.write(b"")
+            raise KeyError
+
+        for page, kind in ((write_text, TypeError), (write_nothing, KeyError)):
+            server = self.serve(handler=answering(page))
+            with self.subTest(kind), self.assert_logs(kind):
+                self.assertEqual(self.answer(server).status, 500)
+
+    def test_outside_of_a_method_is_logged_too(self):
+        class Handler(QuietHandler):
+            def setup(self):
+                super().setup()
+                Path("/there/is/no/such/file").read_text()
+
+        server = self.serve(handler=Handler)
+        with self.assert_logs(FileNotFoundError):
+            self.ask(server, b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+
+    def test_by_the_loss_of_this_connection_is_quiet_whatever_is_tried_then(self):
+        begun, lost = threading.Event(), threading.Event()
+
+        def work(handler):
+            try:
+                begun.set()
+                self.assertTrue(lost.wait(PATIENCE))
+                while True:
+                    handler.wfile.write(b"x" * 100_000)
+            finally:
+                with contextlib.suppress(OSError):
+                    handler.wfile.write(b"farewell")
+
+        with self.assert_logs(), self.silence():
+            server = self.serve(handler=answering(work))
+            peer = Peer(server, "/")
+            self.addCleanup(peer.close)
+            self.assertTrue(begun.wait(PATIENCE))
+            peer.reset()
+            lost.set()
+            self.finish_requests(server)
+
     def test_leaves_the_server_to_others(self):
         def choose(handler):
             if handler.path == "/exit":
@@ -2088,6 +2222,131 @@ class AMethod(RequestCase):
         server = self.serve(handler=answering(turn_around))
         answer = self.answer(server, method="POST", body=b"ab" * 150_000)
         self.assertEqual(answer.body, b"ba" * 150_000)
+
+    def test_of_an_existing_handler_may_use_names_of_its_own(self):
+        class Existing(BaseHTTPRequestHandler):
+            def do_POST(self):
+                self._respond(self._dispatch(self._read_line()))
+
+            def _read_line(self):
+                return self.rfile.readline()
+
+            def _dispatch(self, line):
+                return line.upper()
+
+            def _respond(self, body):
+                send_page(self, body)
+
+            _host = _target = _slot = _vary = _answer = None
+
+        class OnTheRight(QuietHandler, Existing):
+            pass
+
+        class OnTheLeft(Existing, QuietHandler):
+            pass
+
+        for handler in (OnTheRight, OnTheLeft):
+            server = self.serve(say_goodbye, handler=handler)
+            with self.subTest(handler.__name__):
+                answer = self.answer(server, method="POST", body=b"a line\n")
+                self.assertEqual(answer.text, "A LINE\n")
+                self.assertEqual(self.answer(server, method="PUT").status, 405)
+                self.assertEqual(self.events(server), ["goodbye"])
+
+    def test_is_called_only_if_parse_request_agrees(self):
+        class WithPassword(QuietHandler):
+            def parse_request(self):
+                if not super().parse_request():
+                    return False
+                if self.headers["Authorization"] == "secret":
+                    return True
+                self.send_error(401)
+                return False
+
+        server = self.serve(say_goodbye, handler=WithPassword)
+        for path in ("/", "/sse"):
+            self.assertEqual(self.answer(server, path).status, 401)
+        self.assertEqual(self.events(server, Authorization="secret"), ["goodbye"])
+
+    def test_is_called_only_if_handle_expect_100_agrees(self):
+        calls = []
+
+        class Strict(answering(calls.append)):
+            def handle_expect_100(self):
+                self.send_error(417)
+                return False
+
+        server = self.serve(handler=Strict)
+        answer = self.answer(
+            server, method="POST", Expect="100-continue", Content_Length=5
+        )
+        self.assertEqual(answer.status, 417)
+        self.finish_requests(server)
+        self.assertEqual(calls, [])
+
+    def test_may_send_an_interim_answer_first(self):
+        def hint(handler):
+            handler.send_response_only(103)
+            handler.send_header("Link", "</style.css>")
+            handler.end_headers()
+            if handler.path == "/failing":
+                raise KeyError
+            send_page(handler, b"a page")
+
+        server = self.serve(handler=answering(hint))
+        for method, end in ((b"GET", b"a page"), (b"HEAD", b"")):
+            with self.subTest(method):
+                head = b" / HTTP/1.1\r\nHost: localhost\r\n\r\n"
+                interim, final, body = self.ask(server, method + head).split(
+                    b"\r\n\r\n", 2
+                )
+                self.assertEqual(
+                    interim, b"HTTP/1.1 103 Early Hints\r\nLink: </style.css>"
+                )
+                self.assertRegex(final, rb"\AHTTP/1.1 200 ")
+                self.assertEqual(body, end)
+        with self.assert_logs(KeyError):
+            answer = self.ask(
+                server, b"GET /failing HTTP/1.1\r\nHost: localhost\r\n\r\n"
+            )
+        self.assertIn(b"HTTP/1.1 500 ", answer)
+
+    def test_may_hand_its_connection_to_a_subprocess(self):
+        def run(handler):
+            handler.send_response(200)
+            handler.end_headers()
+            subprocess.run(
+                [sys.executable, "-c", "print('by a subprocess')"],
+                stdout=handler.wfile,
+                check=True,
+            )
+
+        server = self.serve(handler=answering(run))
+        self.assertIn("by a subprocess", self.answer(server).text)
+
+    def test_that_is_switched_off_is_not_listed(self):
+        class WithoutHead(QuietHandler):
+            do_HEAD = None
+
+        answer = self.answer(self.serve(handler=WithoutHead), method="HEAD")
+        self.assertEqual(answer.status, 405)
+        self.assertEqual(self.allowed(answer), {"GET", "OPTIONS"})
+
+    def test_may_have_a_name_with_a_hyphen(self):
+        class Upnp(QuietHandler):
+            pass
+
+        setattr(Upnp, "do_M-SEARCH", lambda handler: send_page(handler, b"found"))
+        server = self.serve(handler=Upnp)
+        self.assertEqual(self.answer(server, method="M-SEARCH").text, "found")
+
+    def test_is_answered_by_the_server_version_of_the_handler(self):
+        class Handler(QuietHandler):
+            server_version = "mine/1"
+
+        self.assertEqual(self.answer(self.serve()).headers["Server"], "sse_ref")
+        answer = self.answer(self.serve(handler=Handler))
+        self.assertEqual(answer.headers["Server"], "mine/1")
 
     def test_may_send_pages_of_the_programs_own(self):
         class Pages(QuietHandler):
