@@ -414,12 +414,12 @@ class Client:
         """
         with self._lock:
             self._send_head()  # If this fails, the stream has ended.
-            if self.closed:
-                return
-            self._state = _DRAINING
-            for channel, subscription in self._subscriptions.items():
-                channel._stop_after_newest(subscription)
-            self._send_more()
+            if self._state is _OPEN:
+                self._state = _DRAINING
+            if self._state is _DRAINING:  # An earlier call may have been interrupted.
+                for channel, subscription in self._subscriptions.items():
+                    channel._stop_after_newest(subscription)
+                self._send_more()
         self._wakeup.set()
 
     def on_close(self, callback: Callable[[Client], object]) -> None:
@@ -484,29 +484,41 @@ class Client:
             # Proxies and browsers wait for the first bytes of the body.
             self._write_frames(b"" if self._retry_line else _FIRST_COMMENT)
 
-    def _write_frames(self, frames: bytes) -> None:
-        """Write `frames` as one chunk, after the head if that is pending (locked)."""
+    def _write_frames(self, frames: bytes, before: bytes = b"") -> None:
+        """Write `frames` as one chunk, after the head if that is pending (locked).
+
+        `before` are frames that come first, in the same chunk.
+        """
         try:
             head = b""
             if self._state is _HEAD_PENDING:
                 self._state = _OPEN
                 head, self._head = self._head, b""
                 # No blank line in between: it becomes a field of the first event.
-                frames = self._retry_line + frames
-            if not self._is_chunked:
-                self._write(head + frames)
-            elif len(frames) < self._shared_size:
-                self._write(head + _encode_chunk(frames))
+                before = self._retry_line + before
+            if len(frames) >= self._shared_size:
+                self._write_large(head, before, frames)
+            elif self._is_chunked:
+                self._write(head + _encode_chunk(before + frames))
             else:
-                self._write(b"%b%x\r\n" % (head, len(frames)))
-                self._write(frames)
-                self._write(b"\r\n")
+                self._write(head + before + frames)
         except BaseException:  # Ctrl-C or MemoryError: half of the chunk may be sent.
             self._end("an exception interrupted a write")
             raise
 
-    # Frames of this size are not copied into a chunk, because the same large event may
-    # be in the backlogs of many slow subscribers.
+    def _write_large(self, head: bytes, before: bytes, frames: bytes) -> None:
+        """Write as above, without copying `frames` (locked)."""
+        if self._is_chunked:
+            size = len(before) + len(frames)
+            self._write(b"%b%x\r\n%b" % (head, size, before))
+            self._write(frames)
+            self._write(b"\r\n")
+        else:
+            self._write(head + before)
+            self._write(frames)
+
+    # Frames of this size are not copied: the same large event may be in the backlogs of
+    # many slow subscribers.
     _shared_size = 2**18  # bytes
     # Smaller parts of a backlog are joined, because each one costs memory and a system
     # call.
@@ -664,26 +676,21 @@ class Client:
     def _do_what_is_due(self, now: float) -> None:
         """Send the head or a keep-alive comment, or reset the stream, if it is time."""
         with self._lock:
+            if self._interest == _READ_AND_WRITE:
+                # Linux reports a socket as writable only when a third of its buffer is
+                # free. A slow reader takes long to free that much, so try before that.
+                self._send_more()
             seconds = now - self._timer_start
             if self._state is _HEAD_PENDING:
                 if seconds >= self.head_delay:
                     self._send_head()
-            elif self._interest == _READ_AND_WRITE:  # It waits for its reader.
+            elif self._interest == _READ_AND_WRITE:
                 if seconds >= self.stall_timeout:
-                    self._send_more_or_reset()
+                    self._end("it has stopped reading")
+            elif self._state is _DRAINING:  # A call of close() was interrupted.
+                self.close()
             elif self._state is _OPEN and seconds >= (self._server.keepalive or inf):
                 self._write_frames(_KEEPALIVE)
-
-    def _send_more_or_reset(self) -> None:
-        """Reset the stream if its reader has really taken nothing (locked).
-
-        The selector may not have told: Linux reports a socket as writable only when a
-        third of its buffer is free, and a slow reader takes long to free that much.
-        """
-        timer_start = self._timer_start
-        self._send_more()
-        if self._timer_start == timer_start:
-            self._end("it has stopped reading")
 
     # The request's own thread calls these.
 
@@ -708,17 +715,17 @@ class Client:
 
     def _finish(self) -> None:
         """Close, sleep until the stream has ended, then run the on_close callbacks."""
-        self.close()
+        _call_or_reset(self, self.close)
         self._sleep_until(lambda: self._state is _ENDED)
-        if self._reset_reason:
-            logger.warning("%s: reset, %s", self.address, self._reset_reason)
         with self._lock:
             callbacks, self._callbacks = self._callbacks, []
         for callback in callbacks:
             try:
                 callback(self)
             except BaseException:
-                logger.exception("%s: a callback of on_close failed", self.address)
+                _log_exception("%s: a callback of on_close failed", self.address)
+        if self._reset_reason:
+            logger.warning("%s: reset, %s", self.address, self._reset_reason)
 
 
 class _IOThread:
@@ -821,30 +828,43 @@ class _IOThread:
                 now = time.monotonic()
                 if now >= next_check:
                     next_check = now + self.check_interval
-                    for client in self.clients.copy():
-                        _call_or_reset(client, client._do_what_is_due, now)
-                for key, events in self._selector.select(next_check - now):
-                    if key.data is None:
-                        self._self_pipe_reader.recv(4096)
-                    else:
-                        _call_or_reset(key.data, key.data._on_ready, events)
+                    self._do_what_is_due(now)
+                self._wait_for_readiness(next_check - now)
             except (OSError, ValueError):
                 # On Windows select() fails if a socket is closed meanwhile. By now that
                 # socket is not watched any more.
-                logger.debug("select failed", exc_info=True)
                 time.sleep(0.001)
             except Exception:  # MemoryError, for example; the next round may succeed.
-                logger.exception("the I/O thread failed")
+                _log_exception("the I/O thread failed")
                 time.sleep(0.1)
 
+    def _do_what_is_due(self, now: float) -> None:
+        for client in self.clients.copy():
+            _call_or_reset(client, client._do_what_is_due, now)
 
-def _call_or_reset(client: Client, step: Callable[[Any], None], argument: Any) -> None:
-    """Call `step(argument)`. An exception in it costs this stream, and no other one."""
+    def _wait_for_readiness(self, timeout: float) -> None:
+        for key, events in self._selector.select(timeout):
+            if key.data is None:
+                self._self_pipe_reader.recv(4096)
+            else:
+                _call_or_reset(key.data, key.data._on_ready, events)
+
+
+def _call_or_reset(
+    client: Client, step: Callable[..., object], *arguments: object
+) -> None:
+    """Call `step(*arguments)`. If it fails, that costs this stream and no other."""
     try:
-        step(argument)
+        step(*arguments)
     except Exception:  # MemoryError, for example.
-        logger.exception("%s: I/O failed", client.address)
         client._end("because of an error in the server")
+        _log_exception("%s: the stream failed", client.address)
+
+
+def _log_exception(message: str, *arguments: object) -> None:
+    """Log the current exception. A log that fails itself must not end a thread."""
+    with contextlib.suppress(Exception):
+        logger.exception(message, *arguments)
 
 
 # --- 3. Many streams --------------------------------------------------------------
@@ -897,6 +917,10 @@ class _Event(NamedTuple):
     bytes_so_far: int  # the size of all events up to this one
 
 
+# The place of a subscriber whose last event ID is not in the history.
+_LOST = -1
+
+
 class _Log:
     """The events of a channel, from number `first` to number `newest`.
 
@@ -914,6 +938,11 @@ class _Log:
         # The numbers of events whose IDs the program has given.
         self._number_of_id: dict[str, int] = {}
         self._token = secrets.token_hex(4)
+
+    @property
+    def before_history(self) -> int:
+        """The place before the history. The log may hold more events, or fewer."""
+        return max(self.first - 1, self.newest - self.history)
 
     @property
     def _epoch(self) -> str:
@@ -984,24 +1013,22 @@ class _Log:
     def place_for(self, last_id: str, last: int) -> tuple[int, str, bytes]:
         """Return a new subscriber's place, the ID that it knows, and its first frame.
 
-        its last event ID      its place             its first frame
-        -----------------      ---------             ---------------
-        is in the history      that event            -
-        too old, or unknown    before the history    a gap event
-        none                   `last` events back    -
+        its last event ID      its place
+        -----------------      ---------
+        is in the history      that event
+        too old, or unknown    _LOST: a gap event comes first, then the history
+        none                   `last` events back
 
         If no events follow its place, its first frame is the newest ID alone.
         """
         if not self.history:
             return self.newest, "", b""
-        # The log may hold more events than the history, or fewer.
-        before_history = max(self.first - 1, self.newest - self.history)
         if last_id:
             place = self._find(last_id)
         else:
-            place = max(self.newest - last, before_history)
-        if place < before_history:
-            return before_history, last_id, self.gap_after(last_id)
+            place = max(self.newest - last, self.before_history)
+        if place < self.before_history:
+            return _LOST, last_id, b""
         if place < self.newest:
             return place, last_id, b""
         # An ID without data dispatches no event (standard, 9.2.6), but now the client
@@ -1010,15 +1037,18 @@ class _Log:
         return place, newest_id, encode_event(id=newest_id)
 
     def _find(self, id_: str) -> int:
-        """Return the number of the event with that ID, or -1."""
-        if id_ in self._number_of_id:
-            return self._number_of_id[id_]
+        """Return the number of the event with that ID, or _LOST."""
+        named = self._number_of_id.get(id_, _LOST)
         epoch, _, digits = id_.rpartition("-")
-        is_ours = epoch == self._epoch and re.fullmatch("0|[1-9][0-9]*", digits)
         # int() refuses numbers of thousands of digits.
-        if not is_ours or len(digits) > len(str(self.newest)):
-            return -1
-        return int(digits) if int(digits) <= self.newest else -1
+        is_short = len(digits) <= len(str(self.newest))
+        if not is_short or not re.fullmatch("0|[1-9][0-9]*", digits):
+            return named
+        number = int(digits)
+        is_ours = epoch == self._epoch and number <= self.newest
+        # Published before this worker was forked, the event has another epoch.
+        is_held = number in self.events and self.events[number].id == id_
+        return max(named, number) if is_ours or is_held else named
 
     def gap_after(self, last_id: str) -> bytes:
         """Return the event that tells a client that it has missed some, or b""."""
@@ -1202,7 +1232,7 @@ class Channel:
             fan_out_thread = self._fan_out_thread
         if end_streams:
             for client in self.clients:
-                client.close()
+                _call_or_reset(client, client.close)
         self._wakeup.set()
         if fan_out_thread not in (None, threading.current_thread()):
             fan_out_thread.join()
@@ -1243,20 +1273,25 @@ class Channel:
             is_overtaken = place + 1 < self._log.first  # Its next event is dropped.
             if is_overtaken:
                 gap = self._log.gap_after(subscription.known_id)
+            if place == _LOST:
+                place = min(self._log.before_history, limit)
+            elif is_overtaken and gap:
                 place = min(self._log.first - 1, limit)
+            elif is_overtaken:  # A reset is better than a silent loss.
+                client._end("the channel has dropped events before it read them")
+                return False
             frames, place = self._log.frames_after(place, limit, self.piece_size)
             known_id = self._log.events[place].id if frames else subscription.known_id
-        if is_overtaken and not gap:  # A reset is better than a silent loss.
-            client._end("the channel has dropped events before it read them")
-            return False
-        client._write_frames(gap + frames)
+        if gap or frames:
+            client._write_frames(frames, before=gap)
         subscription.place = place
         subscription.known_id = known_id
         return place < limit
 
     def _stop_after_newest(self, subscription: _Subscription) -> None:
         """Send a subscriber nothing that is published from now on (client locked)."""
-        subscription.end = self._log.newest
+        if subscription.end is None:
+            subscription.end = self._log.newest
 
     def _remove(self, subscription: _Subscription) -> None:
         """Forget a subscriber (client locked)."""
@@ -1284,19 +1319,20 @@ class Channel:
 
     def _run(self) -> None:
         while True:
-            with self._lock:
-                if not self._is_fan_out_needed():
-                    self._taken = self._log.newest
-                    self._fan_out_thread = None
-                    return
             try:
+                with self._lock:
+                    if not self._is_fan_out_needed():
+                        self._taken = self._log.newest
+                        self._fan_out_thread = None
+                        return
                 piece = self._take_piece()
-                if piece is None:
-                    self._wakeup.wait()
-                else:
+                if piece is not None:
                     self._fan_out(piece)
+                else:
+                    # Not for ever: a signal handler may have interrupted set().
+                    self._wakeup.wait(0.5)
             except Exception:  # MemoryError, for example; the next try may succeed.
-                logger.exception("fan-out failed")
+                _log_exception("fan-out failed")
                 time.sleep(0.1)
 
     def _take_piece(self) -> _Piece | None:
@@ -1319,11 +1355,7 @@ class Channel:
         for subscription in piece.subscriptions:
             client = subscription.client
             with client._lock:
-                try:
-                    self._write_piece(piece, subscription)
-                except Exception:
-                    logger.exception("%s: fan-out failed", client.address)
-                    client._end("because of an error in the server")
+                _call_or_reset(client, self._write_piece, piece, subscription)
 
     def _write_piece(self, piece: _Piece, subscription: _Subscription) -> None:
         """Write a piece to a subscriber, if that is what comes next (client locked).
@@ -1652,14 +1684,17 @@ class SSERequestHandler(BaseHTTPRequestHandler):
         except BaseException as error:
             if isinstance(error, Refusal) and client._withdraw():
                 self._take_back_connection()
-                raise
+                self._answer_refusal(error)
+                with contextlib.suppress(OSError):  # The peer has left.
+                    self.connection.shutdown(socket.SHUT_WR)
+                return
             # A BrokenPipeError from send() is the normal end of a closed stream, and a
             # Refusal then makes no difference. After any other exception the stream
             # ends in good order as well: after a status like 500 an EventSource would
             # never come back.
             is_normal = isinstance(error, (BrokenPipeError, Refusal))
             if not (is_normal and client.closed):
-                logger.exception("%s: on_connection failed", self.client_address)
+                _log_exception("%s: on_connection failed", self.client_address)
         finally:
             client._finish()
             if client._received:
@@ -1712,7 +1747,7 @@ class SSERequestHandler(BaseHTTPRequestHandler):
             if error in (self._request_reader.error, self._answer_writer.error):
                 logger.debug("%s: connection lost", self.client_address, exc_info=True)
                 return
-            logger.exception("%s: request failed", self.client_address)
+            _log_exception("%s: request failed", self.client_address)
             if not self._is_answered():
                 self._answer_refusal(
                     _standard_refusal(HTTPStatus.INTERNAL_SERVER_ERROR)
@@ -1875,7 +1910,7 @@ class SSERequestHandler(BaseHTTPRequestHandler):
         try:
             self.log_request(status)
         except Exception:
-            logger.exception("%s: the request log failed", self.client_address)
+            _log_exception("%s: the request log failed", self.client_address)
 
     def _answer_refusal(self, refusal: Refusal) -> None:
         """Answer with `refusal`, unless another answer has begun already."""
@@ -2057,7 +2092,9 @@ _HOST = re.compile(
     re.VERBOSE,
 )
 # How browsers write an origin (RFC 6454, 6.2).
-_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(\[[0-9a-f:]+\]|[a-z0-9._-]+)(:[0-9]+)?")
+_ORIGIN = re.compile(
+    r"[a-z][a-z0-9+.-]*://(\[[0-9a-f:]+\]|[a-z0-9._-]+)(:[1-9][0-9]*)?"
+)
 _DEFAULT_PORTS = ("http://", ":80"), ("https://", ":443")
 _PREFLIGHT_SECONDS = 600
 
@@ -2191,7 +2228,7 @@ def _allowed_host(entry: str) -> str:
     if entry == "*" or _is_ip_address(bare):
         return bare.lower()
     name = _host_name(entry)
-    if not name or ":" in entry:
+    if not name or ":" in entry or "*" in entry or not entry.isascii():
         raise ValueError(f"allowed_hosts: {entry!r} is not a host without a port")
     return name
 
@@ -2203,7 +2240,8 @@ def _allowed_origin(entry: str) -> str:
         origin.startswith(scheme) and origin.endswith(port)
         for scheme, port in _DEFAULT_PORTS
     )
-    if entry in ("*", "null") or (_ORIGIN.fullmatch(origin) and not is_default):
+    is_origin = entry.isascii() and _ORIGIN.fullmatch(origin) and not is_default
+    if entry in ("*", "null") or is_origin:
         return origin
     raise ValueError(f"allowed_origins: no browser sends {entry!r} as its origin")
 
@@ -2363,16 +2401,17 @@ class SSEServer(ThreadingHTTPServer):
         """
         super().server_close()
         begun = time.monotonic()
+        end_of_grace = begun + self.closing_grace
         with self._lock:
             self._is_closing = True
             slots = dict(self._slots)
         for request, slot in slots.items():
-            if slot.client is not None:
-                slot.client.close()
-            else:
+            if slot.client is None:
                 _shut_reading(request)  # Nothing more of a head or a body.
+            elif time.monotonic() < end_of_grace:  # close() may send megabytes.
+                _call_or_reset(slot.client, slot.client.close)
         threads = [slot.thread for slot in slots.values()]
-        _join(threads, begun + self.closing_grace)
+        _join(threads, end_of_grace)
         for client in self._io_thread.clients.copy():
             client._end("the server is closing")
         _join(threads, begun + self.closing_timeout)
@@ -2541,9 +2580,12 @@ def _shut_reading(connection: socket.socket) -> None:
 def _resolve(address: tuple[str, int]) -> tuple[socket.AddressFamily, Any]:
     """Find the family and the address to bind. If a name has both, take IPv4."""
     host, port = address[:2]
-    found = socket.getaddrinfo(
-        host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-    )
+    try:
+        found = socket.getaddrinfo(
+            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+    except UnicodeError:  # "a..b", for example.
+        raise OSError(errno.EINVAL, f"{host!r} is not the name of a host") from None
     family, _, _, _, bindable = min(found, key=lambda info: info[0] != socket.AF_INET)
     return family, bindable
 
@@ -2609,8 +2651,8 @@ def main(arguments: list[str] | None = None) -> None:
         if lines and sys.stdin:  # It is None if it is closed.
             threading.Thread(target=_publish_lines, args=(lines,), daemon=True).start()
         server.serve_forever(poll_interval=0.1)
-        if lines:
-            lines.close()
+    if lines:
+        lines.close()
 
 
 def _say_hi(client: Client) -> None:

@@ -34,6 +34,7 @@ import sys
 import tempfile
 import threading
 import time
+import tracemalloc
 import unittest
 import urllib.request
 import weakref
@@ -3770,7 +3771,7 @@ class ASlowReader(StreamCase):
             peer = self.connect(server)
             client = self.client_of(server, peer)
             client.send("x" * 8_000_000)
-            deadline = time.monotonic() + 1.5
+            deadline = time.monotonic() + 1.2
             begun = b""
             while time.monotonic() < deadline:
                 begun += peer.socket.recv(20_000)
@@ -3789,6 +3790,58 @@ class ASlowReader(StreamCase):
             client.send("too late")
         self.assertEqual(len(peer.data()), 8_000_000)
         self.assertEqual(peer.finish().events, [])
+
+    def test_calls_on_close_after_the_answer_that_a_refusal_gets(self):
+        answered, results = threading.Event(), []
+
+        def on_connection(client):
+            client.on_close(lambda _: results.append(answered.wait(2)))
+            raise sse_ref.Refusal(404)
+
+        peer = self.connect(self.serve(on_connection))
+        self.assertEqual(peer.status, 404)
+        peer.read_body()  # ends
+        answered.set()
+        wait_until(lambda: results)
+        self.assertEqual(results, [True])
+
+    def test_ends_when_its_close_was_interrupted(self):
+        client, peer = self.open()
+        client.send("x")
+        send_more, calls = Client._send_more, []
+
+        def interrupted(client):
+            calls.append(client)
+            if len(calls) == 1:
+                raise KeyboardInterrupt
+            send_more(client)
+
+        with mock.patch.object(Client, "_send_more", interrupted):
+            with self.assertRaises(KeyboardInterrupt):
+                client.close()
+            self.assertEqual(peer.data(), "x")
+            self.assertEqual(peer.finish().events[1:], [])
+
+    def test_calls_on_close_even_if_its_last_write_fails(self):
+        class Unlucky(socket.socket):
+            def send(self, data, *flags):
+                if bytes(data) == b"0\r\n\r\n":
+                    raise MemoryError
+                return super().send(data, *flags)
+
+        calls = []
+
+        def on_connection(client):
+            client.on_close(calls.append)
+            client.send("x")
+            raise ValueError
+
+        server = self.serve(on_connection)
+        replace_sockets(server, Unlucky)
+        with self.logged():
+            peer = self.connect(server)
+            wait_until(lambda: calls)
+        self.assert_cut_off(peer)
 
     def test_gets_later_what_the_kernel_does_not_take_now(self):
         refused = []
@@ -4338,6 +4391,29 @@ class ASlowSubscriber(ChannelCase):
         self.assertEqual(got, list(range(len(got))))
         wait_until(lambda: len(channel.clients) == 1)
 
+    def test_shares_one_large_event_with_others(self):
+        size = 20_000_000
+        for version, options in (
+            ("HTTP/1.1", {}),
+            ("HTTP/1.1", {"retry": 1000}),
+            ("HTTP/1.0", {}),
+        ):
+            channel = self.channel()
+            channel.publish("x" * size)
+            server = self.serve(
+                lambda client, c=channel: c.subscribe(client, last=1), **options
+            )
+            with self.subTest(version, **options):
+                tracemalloc.start()
+                try:
+                    for _ in range(4):
+                        self.connect(server, version=version)
+                    wait_until(lambda c=channel: len(c.clients) == 4)
+                    held, _ = tracemalloc.get_traced_memory()
+                finally:
+                    tracemalloc.stop()
+                self.assertLess(held, size)
+
     def test_is_cut_off_when_overtaken_if_there_is_no_gap_event(self):
         self.check_cut_off(self.channel(history=20, gap_event=None))
 
@@ -4351,6 +4427,28 @@ class ASlowSubscriber(ChannelCase):
             channel.publish(big(number))
             self.assert_gets(healthy, [number])
         self.assert_gets(slow, range(10))
+
+    def test_that_comes_too_late_is_told_so_once(self):
+        channel = self.channel(history=5)
+        channel.min_log_size = 0
+        done = threading.Event()
+
+        def publish():
+            while not done.is_set():
+                channel.publish("x" * 50_000)
+
+        server = self.serve(channel.subscribe)
+        self.connect(server)  # So there is a fan-out thread.
+        threads = start_threads(publish)
+        try:
+            for _ in range(15):
+                peer = self.connect(server, Last_Event_ID="old")
+                kinds = [peer.event()[0] for _ in range(2)]
+                peer.close()
+                self.assertEqual(kinds, ["gap", "message"])
+        finally:
+            done.set()
+            join(threads)
 
     def test_is_cut_off_when_it_has_stopped(self):
         with mock.patch.object(Client, "stall_timeout", 0.3), self.logged():
@@ -4996,6 +5094,103 @@ class TheThreads(StreamCase):
             channel.publish("at the second try")
             self.assertEqual(peer.data(), "at the second try")
         self.assertTrue(failed)
+
+    def unlucky(self, server, word, error=MemoryError):
+        """Make each socket of `server` fail at the first write that holds `word`."""
+
+        class Unlucky(socket.socket):
+            def send(self, data, *flags):
+                if word in bytes(data) and word not in failed:
+                    failed.append(word)
+                    raise error
+                return super().send(data, *flags)
+
+        failed = []
+        replace_sockets(server, Unlucky)
+
+    def fail_to_log(self):
+        """Make whatever the module logs raise an exception."""
+
+        class Failing(logging.Handler):
+            def emit(self, record):
+                raise MemoryError
+
+        handler = Failing()
+        sse_ref.logger.addHandler(handler)
+        self.addCleanup(sse_ref.logger.removeHandler, handler)
+
+    def test_survive_a_log_that_fails_in_the_fan_out(self):
+        channel = Channel()
+        self.addCleanup(channel.close)
+        server = self.serve(channel.subscribe)
+        self.unlucky(server, b"published")
+        peers = [self.connect(server) for _ in range(3)]
+        wait_until(lambda: len(channel.clients) == 3)
+        self.fail_to_log()
+        channel.publish("published")
+        wait_until(lambda: len(channel.clients) == 2)
+        channel.publish("afterwards")
+        got = []
+        for peer in peers:
+            with contextlib.suppress(OSError, EOFError):
+                got.append([peer.data(), peer.data()])
+        self.assertEqual(got, [["published", "afterwards"]] * 2)
+
+    def test_survive_a_log_that_fails_in_the_io_thread(self):
+        class Unlucky(socket.socket):
+            def recv(self, *arguments):
+                if super().recv(*arguments) == b"x":
+                    raise MemoryError
+                return b""
+
+        server = self.serve()
+        replace_sockets(server, Unlucky)
+        victim, other = self.connect(server), self.connect(server)
+        clients = [self.client_of(server, peer) for peer in (victim, other)]
+        self.fail_to_log()
+        victim.socket.sendall(b"x")
+        wait_until(lambda: clients[0].closed)
+        other.close()
+        wait_until(lambda: clients[1].closed)
+
+    def test_end_all_other_streams_if_one_fails(self):
+        for how in ("channel", "server"):
+            channel = Channel()
+            self.addCleanup(channel.close)
+            server = self.serve(channel.subscribe)
+            self.unlucky(server, b"0\r\n\r\n")
+            peers = [self.connect(server) for _ in range(10)]
+            wait_until(lambda c=channel: len(c.clients) == 10)
+            with self.subTest(how), self.logged():
+                if how == "channel":
+                    channel.close(end_streams=True)
+                else:
+                    server.shutdown()
+                    server.server_close()
+                ends = []
+                for peer in peers:
+                    with contextlib.suppress(OSError, EOFError):
+                        ends.append(peer.finish())
+                self.assertEqual(len(ends), 9)
+
+    def test_deliver_an_event_whose_wake_up_was_interrupted(self):
+        channel = Channel()
+        self.addCleanup(channel.close)
+        peer = self.connect(self.serve(channel.subscribe))
+        wait_until(lambda: channel.clients)
+        interrupted = mock.patch.object(
+            sse_ref._Wakeup, "set", side_effect=KeyboardInterrupt
+        )
+        with interrupted, self.assertRaises(KeyboardInterrupt):
+            channel.publish("all the same")
+        self.assertEqual(peer.data(), "all the same")
+
+    def test_forget_a_client_that_has_left(self):
+        server = self.serve()
+        peer = self.connect(server)
+        forgotten = weakref.ref(self.client_of(server, peer))
+        peer.close()
+        wait_until(lambda: gc.collect() >= 0 and forgotten() is None, "its end")
 
     def test_survive_a_memory_error_on_one_socket(self):
         class Unlucky(socket.socket):
@@ -5673,7 +5868,11 @@ class TheCommandLine(ProgramCase):
             taken.bind(("127.0.0.1", 0))
             taken.listen()
             port = str(taken.getsockname()[1])
-            for arguments in (["--port", port], ["--host", "host.invalid"]):
+            for arguments in (
+                ["--port", port],
+                ["--host", "host.invalid"],
+                ["--host", "a..b"],
+            ):
                 ended = self.run_in_vain(*arguments)
                 self.assertNotEqual(ended.returncode, 0)
                 self.assertRegex(ended.stderr, r"^[^\n]+\n$")
