@@ -1566,12 +1566,13 @@ class SSERequestHandler(BaseHTTPRequestHandler):
 
     http.server calls these in turn: `setup` makes rfile and wfile, `handle_one_request`
     reads the head and calls a `do_*` method, `finish` cleans up.
+
+    Programs may derive a class from this one and from an existing handler class. That
+    is why private names are longer here: both classes must not use the same ones.
     """
 
     server: SSEServer
 
-    # Programs may combine this class with one of their own. So the private names here
-    # are longer than usual, lest they be the names of something else.
     protocol_version = "HTTP/1.1"
     server_version = "sse_ref"
     disable_nagle_algorithm = True  # An event must not wait for the one before it.
@@ -1664,6 +1665,7 @@ class SSERequestHandler(BaseHTTPRequestHandler):
         self._make_files()
 
     def _make_files(self) -> None:
+        """Make rfile and wfile."""
         self._request_reader = _RequestReader(self.connection)
         self._answer_writer = _AnswerWriter(self.connection)
         self.rfile = io.BufferedReader(self._request_reader)

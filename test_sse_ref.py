@@ -4503,6 +4503,15 @@ class AReconnectingClient(ChannelCase):
         self.assertEqual(self.resume(channel, ids[1]), wanted)
         self.assertEqual(self.resume(channel, channel.publish("newest")), [])
 
+    def test_gets_what_it_missed_by_ids_from_before_a_fork(self):
+        channel = self.channel()
+        before = [channel.publish(str(number)) for number in range(2)]
+        with mock.patch.object(os, "getpid", return_value=1):  # as in a new process
+            after = channel.publish("2")
+            self.assertNotEqual(after[:-1], before[0][:-1])
+            wanted = [("message", "1", before[1]), ("message", "2", after)]
+            self.assertEqual(self.resume(channel, before[0]), wanted)
+
     def test_gets_it_once_even_if_it_is_subscribed_twice(self):
         channel = self.channel()
         first = channel.publish("a")
