@@ -1263,25 +1263,27 @@ class Channel:
         The client must not have a backlog. Return whether it is still behind.
         """
         client = subscription.client
+        place = subscription.place
         gap = b""
         with self._lock:
             # Later events are for the fan-out thread, unless the client is closed.
             limit = self._taken if subscription.end is None else subscription.end
-            place = subscription.place
             if place >= limit:
                 return False
-            is_overtaken = place + 1 < self._log.first  # Its next event is dropped.
-            if is_overtaken:
+            is_lost = place == _LOST
+            is_overtaken = not is_lost and place + 1 < self._log.first
+            if is_lost:
+                place = self._log.before_history
+            elif is_overtaken:  # The log has dropped its next event.
+                place = self._log.first - 1
+            if is_lost or is_overtaken:
                 gap = self._log.gap_after(subscription.known_id)
-            if place == _LOST:
-                place = min(self._log.before_history, limit)
-            elif is_overtaken and gap:
-                place = min(self._log.first - 1, limit)
-            elif is_overtaken:  # A reset is better than a silent loss.
-                client._end("the channel has dropped events before it read them")
-                return False
+                place = min(place, limit)
             frames, place = self._log.frames_after(place, limit, self.piece_size)
             known_id = self._log.events[place].id if frames else subscription.known_id
+        if is_overtaken and not gap:  # A reset is better than a silent loss.
+            client._end("the channel has dropped events before it read them")
+            return False
         if gap or frames:
             client._write_frames(frames, before=gap)
         subscription.place = place
@@ -1353,31 +1355,34 @@ class Channel:
     def _fan_out(self, piece: _Piece) -> None:
         """Write a piece to all subscribers that keep up."""
         for subscription in piece.subscriptions:
-            client = subscription.client
-            with client._lock:
-                _call_or_reset(client, self._write_piece, piece, subscription)
+            _call_or_reset(subscription.client, self._write_piece, piece, subscription)
 
     def _write_piece(self, piece: _Piece, subscription: _Subscription) -> None:
-        """Write a piece to a subscriber, if that is what comes next (client locked).
+        """Write a piece to a subscriber, if that is what comes next for it.
 
         Since the piece was taken, _catch_up() may have written it as well. Whichever
         comes first moves the place.
         """
         client = subscription.client
-        if not subscription.is_active:
-            return
-        keeps_up = subscription.place == piece.begin and not client._backlog
-        if keeps_up and client._state is _OPEN:
-            if piece.chunk and client._is_chunked:
-                client._write(piece.chunk)
-            else:
-                client._write_frames(piece.frames)
-            subscription.place = piece.end
-            subscription.known_id = piece.last_id
-        elif subscription.place < piece.end:
-            # It is behind, or its client is closed, or it subscribed in the middle of
-            # these events. _catch_up() writes what it needs.
-            client._watch_for_writing()
+        with client._lock:
+            if not subscription.is_active:
+                return
+            keeps_up = subscription.place == piece.begin and not client._backlog
+            if keeps_up and client._state is _OPEN:
+                try:
+                    if piece.chunk and client._is_chunked:
+                        client._write(piece.chunk)
+                    else:
+                        client._write_frames(piece.frames)
+                    subscription.place = piece.end
+                    subscription.known_id = piece.last_id
+                except BaseException:  # See Client._write_frames.
+                    client._end("an exception interrupted a write")
+                    raise
+            elif subscription.place < piece.end:
+                # It is behind, or its client is closed, or it subscribed in the middle
+                # of these events. _catch_up() writes what it needs.
+                client._watch_for_writing()
 
 
 # --- 4. A request -----------------------------------------------------------------
