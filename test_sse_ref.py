@@ -5199,7 +5199,12 @@ class TheThreads(StreamCase):
         peer = self.connect(server)
         forgotten = weakref.ref(self.client_of(server, peer))
         peer.close()
-        wait_until(lambda: gc.collect() >= 0 and forgotten() is None, "its end")
+
+        def is_freed():
+            gc.collect()
+            return forgotten() is None
+
+        wait_until(is_freed)
 
     def test_survive_a_memory_error_on_one_socket(self):
         class Unlucky(socket.socket):
