@@ -21,7 +21,7 @@ plain http.server, nine lines serve one:
     ThreadingHTTPServer(("127.0.0.1", 8080), Handler).serve_forever()
 
 README.md ("How it works") turns them into ninety lines with the same kinds of threads
-as this file; if you have it at hand, read those first. Each chapter here solves a
+as this file; if you have it at hand, read those first. Chapters 1 to 6 each solve a
 problem that the nine lines have:
 
     1. An event          text that contains line breaks
@@ -49,11 +49,11 @@ This is the life of a stream, and which thread does what:
     that keep up (Channel._fan_out).
   * The I/O thread, one per server, watches all open streams with a selector. It
     notices when a peer leaves (Client._read_input). It sends what the kernel would not
-    take at first, and brings slow subscribers up to date (Client._send_more). Several
-    times per second it checks the time: it sends keep-alive comments, and ends streams
-    that are stuck (Client._do_what_is_due).
-  * Finally the request's own thread runs the `on_close` callbacks and closes the socket
-    (SSEServer.shutdown_request).
+    take at first, and brings slow subscribers up to date (Client._continue_sending).
+    Several times per second it checks the time: it sends keep-alive comments, and ends
+    streams that are stuck (Client._do_what_is_due).
+  * Finally the request's own thread runs the `on_close` callbacks (Client._finish), and
+    closes the socket if a reset has not done so (SSEServer.shutdown_request).
 
 "Standard" below means section 9.2 of HTML, https://html.spec.whatwg.org/#server-sent-events
 """
@@ -227,7 +227,8 @@ _KEEPALIVE = encode_comment("keep-alive")
 #
 #   HEAD_PENDING --first frame--> OPEN --close()--> DRAINING --all is sent--> ENDED
 #
-# If the peer leaves or the stream is reset, each of them leads to ENDED directly.
+# From each state ENDED follows directly if the peer leaves or the stream is reset, and
+# from HEAD_PENDING also if the program gives another answer.
 #
 #   state         send()                   what is still delivered
 #   -----         ------                   -----------------------
@@ -245,8 +246,12 @@ _KEEPALIVE = encode_comment("keep-alive")
 # Every client, every channel and the server have a lock. A thread holds at most two of
 # them: first a client's lock, then that of a channel or of the server.
 #
-# "(locked)" in a docstring means: call this with the lock of its own object held. In
-# "(client locked)" it is the lock of the client.
+# "(locked)" in a docstring means that the caller holds the lock of this object, and
+# "(client locked)" that it holds the lock of the client.
+#
+# A signal handler may raise an exception anywhere in the main thread; that of Ctrl-C
+# does. If this happens while a program sends or publishes, it may cost the stream that
+# is being written to. But no lock stays held, and no log is torn.
 _HEAD_PENDING = "head pending"
 _OPEN = "open"
 _DRAINING = "draining"
@@ -266,7 +271,7 @@ class _Wakeup:
 
     The lock serves as a binary semaphore: `wait()` acquires it, `set()` releases it.
     threading.Event takes more memory, and it runs Python code while it holds a lock of
-    its own: if a signal handler raised an exception there, that lock would stay held.
+    its own: an exception of a signal handler could leave that lock held.
     """
 
     def __init__(self) -> None:
@@ -282,10 +287,9 @@ class _Wakeup:
 
 
 def _release_if_owned(lock: threading.RLock) -> None:
-    """Release `lock` if an exception has left it held.
+    """Release `lock` if the exception of a signal handler has left it held.
 
-    A signal handler may raise an exception anywhere in the main thread. From CPython
-    3.14 on, that includes the moment after a with statement has acquired its lock and
+    From CPython 3.14 on, it may come after a with statement has acquired its lock and
     before its block begins; then nobody would release it. An RLock knows its owner.
     """
     with contextlib.suppress(RuntimeError):  # This thread does not hold it.
@@ -416,10 +420,10 @@ class Client:
             self._send_head()  # If this fails, the stream has ended.
             if self._state is _OPEN:
                 self._state = _DRAINING
-            if self._state is _DRAINING:  # An earlier call may have been interrupted.
+            if self._state is _DRAINING:  # perhaps by a call that was interrupted
                 for channel, subscription in self._subscriptions.items():
                     channel._stop_after_newest(subscription)
-                self._send_more()
+                self._continue_sending()
         self._wakeup.set()
 
     def on_close(self, callback: Callable[[Client], object]) -> None:
@@ -438,17 +442,18 @@ class Client:
     #
     #   send, comment --> _send_frames --.
     #                                    |--> _write_frames --.
-    #   _send_more --> Channel._catch_up-'    adds the head,  |
+    #   Channel._catch_up ---------------'    adds the head,  |
     #                                         makes a chunk   |
     #                                                         |--> _write --> kernel
-    #   Channel._fan_out, with one chunk for all -------------'      |
+    #   Channel._write_piece, one chunk for all --------------'      |
     #                                                                | leaves the rest
     #                                                                v
-    #   _send_more --> _flush_backlog <--------------------------- backlog
-    #                        '---------------------------------------------> kernel
+    #   _flush_backlog <------------------------------------------ backlog
+    #         '------------------------------------------------------------> kernel
     #
-    # The I/O thread calls _send_more() whenever a socket that was full can take more.
-    # close() and subscribe() call it to begin with what there is.
+    # The I/O thread calls _continue_sending() when a socket that was full can take more.
+    # It flushes the backlog, and then has the channels catch up. close() and subscribe()
+    # call it as well, to begin with what there is.
 
     def _send_frames(self, frames: bytes) -> None:
         is_own_thread = threading.get_ident() == self._own_thread
@@ -572,12 +577,12 @@ class Client:
         return sent
 
     def _watch_for_writing(self) -> None:
-        """Have the I/O thread call `_send_more` when the socket takes more (locked)."""
-        if self._interest == _READ:  # otherwise it does so already
+        """Have the I/O thread go on when the socket takes more (locked)."""
+        if self._interest == _READ:
             self._timer_start = time.monotonic()
             self._io_thread.set_interest(self, _READ_AND_WRITE)
 
-    def _send_more(self) -> None:
+    def _continue_sending(self) -> None:
         """Send what comes next: the backlog, missed events, the end (locked).
 
         Each channel writes one piece at most, so that other streams get their turn.
@@ -599,6 +604,15 @@ class Client:
             self._end("an exception interrupted a write")
             raise
 
+    def _has_sent_all(self) -> bool:
+        """Tell whether nothing is left to be sent but the end."""
+        with self._lock:
+            subscriptions = self._subscriptions.items()
+            is_behind = any(
+                each.place < channel._log.newest for channel, each in subscriptions
+            )
+            return not self._backlog and not is_behind
+
     def _finish_draining(self) -> None:
         """Write the last chunk, and end once that is sent (locked)."""
         tail, self._tail = self._tail, b""
@@ -616,7 +630,8 @@ class Client:
     #   it is too slow, or the server fails   _end(reset_reason)       an RST
     #   on_connection raises a Refusal        _withdraw                that answer
     #
-    # In each case wait() returns, and the request's own thread calls _finish().
+    # In each case the request's own thread calls _finish(), as soon as it returns from
+    # on_connection and wait().
 
     def _end(self, reset_reason: str = "") -> None:
         """Enter ENDED: all is sent, or nothing more can be. Any thread may call this.
@@ -657,7 +672,7 @@ class Client:
             if events & selectors.EVENT_READ and self._state is not _ENDED:
                 self._read_input()
             if events & selectors.EVENT_WRITE and self._state is not _ENDED:
-                self._send_more()
+                self._continue_sending()
 
     def _read_input(self) -> None:
         """Notice that the peer has left; drop what it sends (locked)."""
@@ -679,7 +694,7 @@ class Client:
             if self._interest == _READ_AND_WRITE:
                 # Linux reports a socket as writable only when a third of its buffer is
                 # free. A slow reader takes long to free that much, so try before that.
-                self._send_more()
+                self._continue_sending()
             seconds = now - self._timer_start
             if self._state is _HEAD_PENDING:
                 if seconds >= self.head_delay:
@@ -687,7 +702,7 @@ class Client:
             elif self._interest == _READ_AND_WRITE:
                 if seconds >= self.stall_timeout:
                     self._end("it has stopped reading")
-            elif self._state is _DRAINING:  # A call of close() was interrupted.
+            elif self._state is _DRAINING:  # An exception interrupted close().
                 self.close()
             elif self._state is _OPEN and seconds >= (self._server.keepalive or inf):
                 self._write_frames(_KEEPALIVE)
@@ -833,6 +848,8 @@ class _IOThread:
             except (OSError, ValueError):
                 # On Windows select() fails if a socket is closed meanwhile. By now that
                 # socket is not watched any more.
+                with contextlib.suppress(Exception):
+                    logger.debug("select failed", exc_info=True)
                 time.sleep(0.001)
             except Exception:  # MemoryError, for example; the next round may succeed.
                 _log_exception("the I/O thread failed")
@@ -971,13 +988,13 @@ class _Log:
             self._number_of_id[id_text] = number
         return id_text
 
-    def trim(self, min_size: int, untaken: int) -> None:
+    def trim(self, min_size: int, keep_from: int) -> None:
         """Drop old events, except for those that may still be needed.
 
         These are the history (but at least the newest event), the events from number
-        `untaken` on, and the newest `min_size` bytes, for slow readers.
+        `keep_from` on, and the newest `min_size` bytes, for slow readers.
         """
-        limit = min(self.newest - max(self.history, 1), untaken - 1)
+        limit = min(self.newest - max(self.history, 1), keep_from - 1)
         size_limit = self.events[self.newest].bytes_so_far - min_size
         while self.first <= limit:
             oldest = self.events[self.first]
@@ -1080,9 +1097,7 @@ class _Subscription:
         self.client = client
         self.place = place
         self.known_id = known_id  # the last ID that the client knows, for a gap event
-        self.end: int | None = (
-            None  # the place where it ends, once the client is closed
-        )
+        self.end: int | None = None  # its last place, once the client is closed
         self.is_active = True  # until the client unsubscribes or its stream ends
 
 
@@ -1163,7 +1178,8 @@ class Channel:
                 id_text = self._log.append(data, event, id)
                 if self._fan_out_thread is None:  # Nobody is subscribed.
                     self._taken = self._log.newest
-                self._log.trim(self.min_log_size, untaken=self._taken)
+                # (size_between() needs the event `_taken`, too.)
+                self._log.trim(self.min_log_size, keep_from=self._taken)
                 return id_text
         except BaseException:
             _release_if_owned(self._lock)
@@ -1205,7 +1221,7 @@ class Channel:
             # The first of these three that sends anything sends the head as well.
             if first_frame:
                 client._write_frames(first_frame)
-            client._send_more()  # what it has missed
+            client._continue_sending()  # what it has missed
             client._send_head()
         if self._ends_streams:
             client.close()
@@ -1453,7 +1469,7 @@ def _header_pairs(headers: Headers) -> list[tuple[str, str]]:
     for each in headers.items() if isinstance(headers, Mapping) else headers:
         if not all(isinstance(part, str) for part in each):
             raise TypeError(f"the name and value of a header are str: {each!r}")
-        # A subclass of str could show the test below another text than it sends.
+        # With a subclass of str, what is tested could differ from what is sent.
         name, value = map(str.__str__, each)
         if not _FIELD_LINE.fullmatch(f"{name}:{value}") or ":" in name:
             raise ValueError(f"not a header field: {name!r}: {value!r}")
@@ -1480,7 +1496,7 @@ class _RequestReader(io.RawIOBase):
     """Reads from a connection, for a handler's rfile.
 
     There is one deadline for all that is read. http.server only has a time-out for each
-    time: a peer that sends one byte per second could keep its thread for hours.
+    read: a peer that sends one byte per second could keep its thread for hours.
     """
 
     def __init__(self, connection: socket.socket) -> None:
@@ -1573,7 +1589,7 @@ class SSERequestHandler(BaseHTTPRequestHandler):
     reads the head and calls a `do_*` method, `finish` cleans up.
 
     Programs may derive a class from this one and from an existing handler class. That
-    is why private names are longer here: both classes must not use the same ones.
+    is why private names are long here: the two classes must not share them.
     """
 
     server: SSEServer
@@ -1602,7 +1618,7 @@ class SSERequestHandler(BaseHTTPRequestHandler):
             self.serve_plain()
 
     def do_HEAD(self) -> None:
-        """Answer with the head that GET would get; `end_headers` drops the body."""
+        """Answer with the head that GET would get; `wfile` drops the body."""
         self.do_GET()
 
     def serve_plain(self) -> None:
@@ -1829,7 +1845,7 @@ class SSERequestHandler(BaseHTTPRequestHandler):
         # A page that redirects to its own `path` must not redirect to another host, so
         # //x is /x there, as in http.server.
         self.path = re.sub("^//+", "/", target)
-        # The server's path is compared with `_target`. There //sse stays as it is,
+        # The server's path is compared with this target. There //sse stays as it is,
         # because a proxy's rules for /sse do not apply to //sse. But of the absolute
         # form, http://host/sse, only /sse is left (RFC 9112, 3.2.2).
         absolute_form = _ABSOLUTE_FORM.match(target)
@@ -2415,7 +2431,7 @@ class SSEServer(ThreadingHTTPServer):
         for request, slot in slots.items():
             if slot.client is None:
                 _shut_reading(request)  # Nothing more of a head or a body.
-            elif time.monotonic() < end_of_grace:  # close() may send megabytes.
+            elif time.monotonic() < end_of_grace or slot.client._has_sent_all():
                 _call_or_reset(slot.client, slot.client.close)
         threads = [slot.thread for slot in slots.values()]
         _join(threads, end_of_grace)

@@ -3807,7 +3807,7 @@ class ASlowReader(StreamCase):
     def test_ends_when_its_close_was_interrupted(self):
         client, peer = self.open()
         client.send("x")
-        send_more, calls = Client._send_more, []
+        send_more, calls = Client._continue_sending, []
 
         def interrupted(client):
             calls.append(client)
@@ -3815,7 +3815,7 @@ class ASlowReader(StreamCase):
                 raise KeyboardInterrupt
             send_more(client)
 
-        with mock.patch.object(Client, "_send_more", interrupted):
+        with mock.patch.object(Client, "_continue_sending", interrupted):
             with self.assertRaises(KeyboardInterrupt):
                 client.close()
             self.assertEqual(peer.data(), "x")
