@@ -451,9 +451,9 @@ class Client:
     #   _flush_backlog <------------------------------------------ backlog
     #         '------------------------------------------------------------> kernel
     #
-    # The I/O thread calls _continue_sending() when a socket that was full can take more.
-    # It flushes the backlog, and then has the channels catch up. close() and subscribe()
-    # call it as well, to begin with what there is.
+    # The I/O thread calls _continue_sending() when a socket that was full can take
+    # more. It flushes the backlog, and then has the channels catch up. close() and
+    # subscribe() call it as well, to begin with what there is.
 
     def _send_frames(self, frames: bytes) -> None:
         is_own_thread = threading.get_ident() == self._own_thread
