@@ -243,7 +243,7 @@ class ServerCase(unittest.TestCase):
         address = options.pop("address", ("127.0.0.1", 0))
         options["RequestHandlerClass"] = handler
         server = SSEServer(address, on_connection, **options)
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread = threading.Thread(target=server.serve_forever, args=(0.002,))
         thread.start()
         self.addCleanup(self.stop, server, thread)
         return server
@@ -704,8 +704,13 @@ class TheResponse(ServerCase):
         self.assertEqual(peer.finish().events, [])
 
     def test_the_head_waits_half_a_second_at_most(self):
-        for retry, first in ((None, b": ok\n"), (50, b"retry: 50\n")):
-            with self.subTest(retry=retry):
+        self.assertEqual(Client.head_delay, 0.5)
+        for retry, first, delay in (
+            (None, b": ok\n", 0.5),
+            (50, b"retry: 50\n", 0.1),  # sooner, so that the test is over sooner
+        ):
+            delayed = mock.patch.object(Client, "head_delay", delay)
+            with self.subTest(retry=retry), delayed:
                 texts = queue.Queue()
                 server = self.serve(
                     lambda client, texts=texts: client.send(texts.get()), retry=retry
