@@ -357,9 +357,7 @@ class Client:
         self._received = 0  # bytes that the peer has sent on the open stream
         # The channels that it is subscribed to, and its place in each (chapter 3).
         self._subscriptions: dict[Channel, _Subscription] = {}
-        # The ID after which a channel resumes; only the first channel with a history
-        # does so.
-        self._resume_id = self.last_event_id
+        self._has_resumed = False  # whether last_event_id has served its purpose
         self._reset_reason = ""
         self._callbacks: list[Callable[[Client], object]] = []
 
@@ -604,15 +602,6 @@ class Client:
             self._end("an exception interrupted a write")
             raise
 
-    def _has_sent_all(self) -> bool:
-        """Tell whether nothing is left to be sent but the end."""
-        with self._lock:
-            subscriptions = self._subscriptions.items()
-            is_behind = any(
-                each.place < channel._log.newest for channel, each in subscriptions
-            )
-            return not self._backlog and not is_behind
-
     def _finish_draining(self) -> None:
         """Write the last chunk, and end once that is sent (locked)."""
         tail, self._tail = self._tail, b""
@@ -768,7 +757,7 @@ class _IOThread:
         This is not done when the server is made: a program may fork its workers after
         that, and each of them needs a selector and a thread of its own.
         """
-        if self._thread is not None:
+        if self._thread is not None or self._stopped:
             return
         self._selector = selectors.DefaultSelector()
         kind = type(self._selector).__name__
@@ -1215,8 +1204,9 @@ class Channel:
             if self._log.history:
                 if any(other._log.history for other in client._subscriptions):
                     raise ValueError("the client is subscribed to another history")
-                resume_id, client._resume_id = client._resume_id, ""
-                after_id = resume_id if after_id is None else after_id
+                if after_id is None and not client._has_resumed:
+                    after_id = client.last_event_id
+                client._has_resumed = True
             first_frame = self._add(client, after_id or "", last)
             # The first of these three that sends anything sends the head as well.
             if first_frame:
@@ -1242,16 +1232,22 @@ class Channel:
         The streams stay open; with `end_streams` each ends after its last event. This
         returns when the fan-out thread has ended.
         """
+        self._close(end_streams)
+
+    def _close(self, end_streams: bool = False, timeout: float | None = None) -> None:
+        """Like `close`, but wait at most `timeout` seconds for the fan-out thread."""
         with self._lock:
             self._closed = True
             self._ends_streams = self._ends_streams or end_streams
             fan_out_thread = self._fan_out_thread
+            if fan_out_thread is None:  # publish() may have been interrupted.
+                self._taken = self._log.newest
         if end_streams:
             for client in self.clients:
                 _call_or_reset(client, client.close)
         self._wakeup.set()
         if fan_out_thread not in (None, threading.current_thread()):
-            fan_out_thread.join()
+            fan_out_thread.join(timeout)
 
     def _has_too_much_pending(self) -> bool:
         with self._lock:
@@ -1551,6 +1547,9 @@ class _AnswerWriter(io.RawIOBase):
     def fileno(self) -> int:
         return self._connection.fileno()
 
+    def flush(self) -> None:
+        pass  # Even if it is closed, for programs that flush after each answer.
+
     def write(self, data: Any, /) -> int:
         if self.closed:
             raise ValueError("the connection belongs to an event stream")
@@ -1642,7 +1641,8 @@ class SSERequestHandler(BaseHTTPRequestHandler):
         to those of every stream.
 
         Raises ValueError if the headers cannot be sent, Refusal if the client does not
-        get in, RuntimeError if the request has been answered already.
+        get in, RuntimeError if the request has been answered already. (A Refusal that
+        `on_connection` raises is answered here.)
         """
         head = self._build_stream_head(_header_pairs(headers))
         if self._is_answered():
@@ -2424,17 +2424,16 @@ class SSEServer(ThreadingHTTPServer):
         """
         super().server_close()
         begun = time.monotonic()
-        end_of_grace = begun + self.closing_grace
         with self._lock:
             self._is_closing = True
             slots = dict(self._slots)
         for request, slot in slots.items():
-            if slot.client is None:
-                _shut_reading(request)  # Nothing more of a head or a body.
-            elif time.monotonic() < end_of_grace or slot.client._has_sent_all():
+            if slot.client is not None:
                 _call_or_reset(slot.client, slot.client.close)
+            else:
+                _shut_reading(request)  # Nothing more of a head or a body.
         threads = [slot.thread for slot in slots.values()]
-        _join(threads, end_of_grace)
+        _join(threads, begun + self.closing_grace)
         for client in self._io_thread.clients.copy():
             client._end("the server is closing")
         _join(threads, begun + self.closing_timeout)
@@ -2520,6 +2519,11 @@ class SSEServer(ThreadingHTTPServer):
         for name, value in ("KEEPIDLE", 20), ("KEEPINTVL", 10), ("KEEPCNT", 3):
             _set_tcp_option(self.socket, f"TCP_{name}", value)
         super().server_activate()
+
+    def serve_forever(self, poll_interval: float = 0.5) -> None:
+        """Serve until `shutdown()` is called by another thread."""
+        self._io_thread.start()  # Early, while there are descriptors for it.
+        super().serve_forever(poll_interval)
 
     def get_request(self) -> tuple[Any, Any]:
         """Accept a connection. If the system has no room for it, pause a moment."""
@@ -2674,8 +2678,8 @@ def main(arguments: list[str] | None = None) -> None:
         if lines and sys.stdin:  # It is None if it is closed.
             threading.Thread(target=_publish_lines, args=(lines,), daemon=True).start()
         server.serve_forever(poll_interval=0.1)
-    if lines:
-        lines.close()
+        if lines:
+            lines._close(timeout=0.5)
 
 
 def _say_hi(client: Client) -> None:

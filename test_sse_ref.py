@@ -1527,6 +1527,17 @@ class AStreamInAnswer(RequestCase):
         server = self.serve(handler=answering(serve))
         self.assertEqual(self.events(server, method="POST", body=b"x"), ["in order"])
 
+    def test_may_be_followed_by_a_flush(self):
+        class Handler(QuietHandler):
+            def do_GET(self):
+                super().do_GET()
+                self.wfile.flush()
+
+        server = self.serve(say_goodbye, handler=Handler)
+        with self.assert_logs():
+            self.assertEqual(self.events(server), ["goodbye"])
+            self.finish_requests(server)
+
     def test_is_in_http_1_0_if_the_handler_speaks_that(self):
         class Handler(QuietHandler):
             protocol_version = "HTTP/1.0"
@@ -4516,6 +4527,17 @@ class AReconnectingClient(ChannelCase):
             self.assertNotEqual(after[:-1], before[0][:-1])
             wanted = [("message", "1", before[1]), ("message", "2", after)]
             self.assertEqual(self.resume(channel, before[0]), wanted)
+
+    def test_gets_what_it_missed_by_an_id_that_the_program_puts_in(self):
+        channel = self.channel()
+        first = channel.publish("a")
+        channel.publish("b")
+
+        def on_connection(client):
+            client.last_event_id = first
+            channel.subscribe(client)
+
+        self.assertEqual(self.connect(self.serve(on_connection)).data(), "b")
 
     def test_gets_it_once_even_if_it_is_subscribed_twice(self):
         channel = self.channel()
