@@ -443,7 +443,7 @@ class Client:
     #   Channel._catch_up ---------------'    adds the head,  |
     #                                         makes a chunk   |
     #                                                         |--> _write --> kernel
-    #   Channel._write_piece, one chunk for all --------------'      |
+    #   Channel._fan_out, one chunk for all ------------------'      |
     #                                                                | leaves the rest
     #                                                                v
     #   _flush_backlog <------------------------------------------ backlog
@@ -529,12 +529,15 @@ class Client:
 
     def _write(self, data: bytes) -> None:
         """Hand `data` to the kernel, and add the rest to the backlog (locked)."""
-        sent = 0
-        if not self._backlog:
-            sent = self._hand_to_kernel(data)
-        if sent == len(data) or self._state is _ENDED:
-            return
-        rest = memoryview(data)[sent:]
+        try:
+            sent = 0 if self._backlog else self._hand_to_kernel(data)
+            if sent < len(data) and self._state is not _ENDED:
+                self._add_to_backlog(memoryview(data)[sent:])
+        except BaseException:  # See _write_frames.
+            self._end("an exception interrupted a write")
+            raise
+
+    def _add_to_backlog(self, rest: memoryview) -> None:
         self._backlog_size += len(rest)
         if self._backlog and len(self._backlog[-1]) + len(rest) <= self._joined_size:
             self._backlog[-1] = memoryview(b"".join((self._backlog[-1], rest)))
@@ -1365,36 +1368,34 @@ class Channel:
             return piece
 
     def _fan_out(self, piece: _Piece) -> None:
-        """Write a piece to all subscribers that keep up."""
-        for subscription in piece.subscriptions:
-            _call_or_reset(subscription.client, self._write_piece, piece, subscription)
-
-    def _write_piece(self, piece: _Piece, subscription: _Subscription) -> None:
-        """Write a piece to a subscriber, if that is what comes next for it.
+        """Write a piece to all subscribers that keep up.
 
         Since the piece was taken, _catch_up() may have written it as well. Whichever
-        comes first moves the place.
+        comes first moves the place. (This loop is the work of every delivery, so it
+        calls few functions.)
         """
-        client = subscription.client
-        with client._lock:
-            if not subscription.is_active:
-                return
-            keeps_up = subscription.place == piece.begin and not client._backlog
-            if keeps_up and client._state is _OPEN:
-                try:
-                    if piece.chunk and client._is_chunked:
-                        client._write(piece.chunk)
-                    else:
-                        client._write_frames(piece.frames)
-                    subscription.place = piece.end
-                    subscription.known_id = piece.last_id
-                except BaseException:  # See Client._write_frames.
-                    client._end("an exception interrupted a write")
-                    raise
-            elif subscription.place < piece.end:
-                # It is behind, or its client is closed, or it subscribed in the middle
-                # of these events. _catch_up() writes what it needs.
-                client._watch_for_writing()
+        begin, end, last_id, frames, chunk, subscriptions = piece
+        for subscription in subscriptions:
+            client = subscription.client
+            try:
+                with client._lock:
+                    if not subscription.is_active:
+                        continue
+                    keeps_up = subscription.place == begin and not client._backlog
+                    if keeps_up and client._state is _OPEN:
+                        if chunk and client._is_chunked:
+                            client._write(chunk)
+                        else:
+                            client._write_frames(frames)
+                        subscription.place = end
+                        subscription.known_id = last_id
+                    elif subscription.place < end:
+                        # It is behind, or its client is closed, or it subscribed in the
+                        # middle of these events. _catch_up() writes what it needs.
+                        client._watch_for_writing()
+            except Exception:
+                client._end("because of an error in the server")
+                _log_exception("%s: fan-out failed", client.address)
 
 
 # --- 4. A request -----------------------------------------------------------------
