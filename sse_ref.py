@@ -227,8 +227,8 @@ _KEEPALIVE = encode_comment("keep-alive")
 #
 #   HEAD_PENDING --first frame--> OPEN --close()--> DRAINING --all is sent--> ENDED
 #
-# From each state ENDED follows directly if the peer leaves or the stream is reset, and
-# from HEAD_PENDING also if the program gives another answer.
+# If the peer leaves or the stream is reset, any state leads to ENDED directly. So does
+# HEAD_PENDING if the program gives another answer.
 #
 #   state         send()                   what is still delivered
 #   -----         ------                   -----------------------
@@ -239,9 +239,9 @@ _KEEPALIVE = encode_comment("keep-alive")
 #
 # A stream is "closed" when nothing more can be sent on it (DRAINING or ENDED).
 #
-# While the head is pending, the program can still give another answer. The first frame
-# takes the head along. So do wait(), close() and subscribe(), and the I/O thread after
-# half a second; if there is no event at that moment, a comment goes with the head.
+# While the head is pending, the program can still give another answer. The head is
+# sent with the first frame. If there is none yet, it is sent with a comment by wait(),
+# close() or subscribe(), or after half a second by the I/O thread.
 #
 # Every client, every channel and the server have a lock. A thread holds at most two of
 # them: first a client's lock, then that of a channel or of the server.
@@ -520,8 +520,8 @@ class Client:
             self._write(head + before)
             self._write(frames)
 
-    # Frames of this size are not copied: the same large event may be in the backlogs of
-    # many slow subscribers.
+    # Frames of this size or more are not copied: the same large event may be in the
+    # backlogs of many slow subscribers.
     _shared_size = 2**18  # bytes
     # Smaller parts of a backlog are joined, because each one costs memory and a system
     # call.
@@ -592,9 +592,10 @@ class Client:
             self._flush_backlog()
             is_behind = False
             for channel, subscription in list(self._subscriptions.items()):
-                if self._backlog:
+                if self._backlog or self._state is _ENDED:
                     break
-                is_behind |= channel._catch_up(subscription)
+                if channel._catch_up(subscription):
+                    is_behind = True
             if self._backlog or is_behind:
                 self._watch_for_writing()
             elif self._state is _DRAINING:
@@ -755,7 +756,7 @@ class _IOThread:
         self._stopped = False
 
     def start(self) -> None:
-        """Make the selector and start the thread, unless that was done before.
+        """Make the selector and start the thread, unless that was done (server locked).
 
         This is not done when the server is made: a program may fork its workers after
         that, and each of them needs a selector and a thread of its own.
@@ -835,7 +836,7 @@ class _IOThread:
                 now = time.monotonic()
                 if now >= next_check:
                     next_check = now + self.check_interval
-                    self._do_what_is_due(now)
+                    self._check_all(now)
                 self._wait_for_readiness(next_check - now)
             except (OSError, ValueError):
                 # On Windows select() fails if a socket is closed meanwhile. By now that
@@ -847,7 +848,9 @@ class _IOThread:
                 _log_exception("the I/O thread failed")
                 time.sleep(0.1)
 
-    def _do_what_is_due(self, now: float) -> None:
+    # In these two no local variable of _run() keeps a client that has left.
+
+    def _check_all(self, now: float) -> None:
         for client in self.clients.copy():
             _call_or_reset(client, client._do_what_is_due, now)
 
@@ -934,7 +937,7 @@ class _Log:
     """The events of a channel, from number `first` to number `newest`.
 
     `history` is how many of them a client may get when it reconnects. The lock of the
-    channel guards everything here.
+    channel guards all changes.
     """
 
     def __init__(self, history: int, gap_event: str | None) -> None:
@@ -962,8 +965,8 @@ class _Log:
     def append(self, data: str | None, event: str | None, id_: str | int | None) -> str:
         """Add an event and return its ID.
 
-        One statement commits the event. So an exception in between, from a signal
-        handler or for want of memory, never leaves half an event in the log.
+        One statement commits the event. So an exception of a signal handler, or a
+        MemoryError, never leaves half an event in the log.
         """
         number = self.newest + 1
         is_named = id_ is not None
@@ -1063,8 +1066,8 @@ class _Log:
         """Return the event that tells a client that it has missed some, or b""."""
         if self.gap_event is None or not self.history:
             return b""
-        # The events that follow give the client a new ID. If there are none in the
-        # log, it gets one here: otherwise there would be a gap at every reconnect.
+        # The events that follow give the client a new ID. If nothing was published
+        # yet, it gets one here: otherwise there would be a gap at every reconnect.
         id_ = None if self.newest else f"{self._epoch}-0"
         return encode_event(last_id, event=self.gap_event, id=id_)
 
@@ -1568,7 +1571,7 @@ class _AnswerWriter(io.RawIOBase):
 
 
 class SSERequestHandler(BaseHTTPRequestHandler):
-    """Answers a GET of the server's path with an event stream, any other with "okay".
+    """Answers a GET of the server's path with an event stream, other GETs with "okay".
 
     To serve pages of your own beside the stream, override `serve_plain`. To answer
     other requests with a stream, define `do_POST` and the like, and call `read_body`
@@ -2037,7 +2040,7 @@ class SSERequestHandler(BaseHTTPRequestHandler):
         return self.server_version
 
     def send_response_only(self, code: int, message: str | None = None) -> None:
-        """Begin a head. Without this, one like 100 would be taken for the answer."""
+        """Begin a head. Without this, an interim one would count as the answer."""
         super().send_response_only(code, message)
         is_final = code >= HTTPStatus.OK or code == HTTPStatus.SWITCHING_PROTOCOLS
         self._head_is_interim = not is_final
@@ -2324,7 +2327,7 @@ class SSEServer(ThreadingHTTPServer):
     thread wants to send, the stream is reset.
     `allowed_hosts`: names without a port by which browsers may reach the server,
     besides IP addresses and localhost; `"*"` allows all. If you give any, other names
-    get 403 on every address; otherwise they do on loopback addresses only.
+    get 403 on every address, otherwise only on loopback addresses.
     `allowed_origins`: origins of other pages that may read streams and send requests,
     for example `"https://app.example"`. `"*"` allows all pages. Then they cannot read
     what needs cookies, but what they send may have cookies.
@@ -2420,8 +2423,8 @@ class SSEServer(ThreadingHTTPServer):
         """Take no more connections, end every stream, wait for the requests' threads.
 
         Streams end after all that was sent and published before. A reader that has not
-        taken that after `closing_grace` seconds is reset. This returns after at most
-        `closing_timeout` seconds.
+        taken that after `closing_grace` seconds is reset. Requests that still run after
+        `closing_timeout` seconds are left to themselves.
         """
         super().server_close()
         begun = time.monotonic()
@@ -2523,7 +2526,8 @@ class SSEServer(ThreadingHTTPServer):
 
     def serve_forever(self, poll_interval: float = 0.5) -> None:
         """Serve until `shutdown()` is called by another thread."""
-        self._io_thread.start()  # Early, while there are descriptors for it.
+        with self._lock:
+            self._io_thread.start()  # Early, while there are descriptors for it.
         super().serve_forever(poll_interval)
 
     def get_request(self) -> tuple[Any, Any]:
@@ -2680,6 +2684,8 @@ def main(arguments: list[str] | None = None) -> None:
             threading.Thread(target=_publish_lines, args=(lines,), daemon=True).start()
         server.serve_forever(poll_interval=0.1)
         if lines:
+            # The streams get what was published up to here. If that is much, it must
+            # not keep the program from ending, which has two seconds for everything.
             lines._close(timeout=0.5)
 
 

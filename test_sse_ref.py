@@ -2601,6 +2601,11 @@ class TheHost(RequestCase):
                 self.assertRegex(text, r"\A[ -~]*allowed_hosts[ -~]*\n\Z")
                 self.assertIn("--allow-host", text)
 
+    def test_that_no_browser_sends_is_not_taken_into_allowed_hosts(self):
+        for host in ("*.example", "b\xfccher.example"):
+            with self.subTest(host), self.assertRaisesRegex(ValueError, "allowed_h"):
+                SSEServer(("127.0.0.1", 0), allowed_hosts=[host])
+
     def test_that_can_be_none_is_not_taken_into_allowed_hosts(self):
         for host in ("box.example:80", "http://box.example", "", "a b", "a/b", "a@b"):
             with self.subTest(host), self.assertRaisesRegex(ValueError, "allowed_ho"):
@@ -2728,6 +2733,7 @@ class TheOrigin(RequestCase):
         for origin in (
             *("app.example", "https://app.example/", "https://", "", "https://a b"),
             *("https://app.example/path", "https://me@app.example", "//app.example"),
+            *("https://app.example:0443", "https://\u212a.example"),  # Kelvin sign
         ):
             with self.subTest(origin), self.assertRaisesRegex(ValueError, "allowed_or"):
                 SSEServer(("127.0.0.1", 0), allowed_origins=[origin])
@@ -3942,6 +3948,20 @@ class ChannelCase(StreamCase):
         self.assertTrue(entered.wait(PATIENCE))
         return free
 
+    def assert_gets_or_is_told(self, peer, got, newest):
+        """Read on after `got`, up to `newest`: gap events must say what is lost."""
+        gaps = 0
+        while got < newest:
+            kind, data, _ = peer.event()
+            if kind == "gap":
+                gaps += 1
+                self.assertEqual(number_of(data), got)
+                got = number_in(peer.data())
+            else:
+                self.assertEqual(number_in(data), got + 1)
+                got += 1
+        self.assertGreater(gaps, 0)
+
 
 class AChannel(ChannelCase):
     """Channel: publish once, reach all."""
@@ -4383,17 +4403,7 @@ class ASlowSubscriber(ChannelCase):
         for number in range(1, 101):
             channel.publish(big(number))
             self.assert_gets(healthy, [number])
-        got, gaps = 0, 0
-        while got < 100:
-            kind, data, _ = slow.event()
-            if kind == "gap":
-                gaps += 1
-                self.assertEqual(number_of(data), got)
-                got = number_in(slow.data())
-            else:
-                self.assertEqual(number_in(data), got + 1)
-                got += 1
-        self.assertGreater(gaps, 0)
+        self.assert_gets_or_is_told(slow, 0, 100)
 
     def check_cut_off(self, channel):
         healthy, slow = self.subscribers(channel, 2)
@@ -4539,6 +4549,21 @@ class AReconnectingClient(ChannelCase):
 
         self.assertEqual(self.connect(self.serve(on_connection)).data(), "b")
 
+    def test_gets_what_was_published_by_a_call_that_was_interrupted(self):
+        channel, append = self.channel(), sse_ref._Log.append
+        first = channel.publish("a")
+
+        def interrupted(*arguments):
+            append(*arguments)
+            raise KeyboardInterrupt
+
+        patched = mock.patch.object(sse_ref._Log, "append", interrupted)
+        with patched, self.assertRaises(KeyboardInterrupt):
+            channel.publish("b")
+        channel.close()
+        server = self.serve(channel.subscribe)
+        self.assertEqual(self.connect(server, Last_Event_ID=first).data(), "b")
+
     def test_gets_it_once_even_if_it_is_subscribed_twice(self):
         channel = self.channel()
         first = channel.publish("a")
@@ -4570,6 +4595,17 @@ class AReconnectingClient(ChannelCase):
         channel.publish(big(1))  # Now the earlier one is not held any more.
         events = self.resume(channel, "a", live="again")
         self.assertEqual([data for _, data, _ in events], ["live", big(1)])
+
+    def test_continues_after_the_later_event_even_if_an_id_is_given_out_twice(self):
+        channel = self.channel()
+        first = channel.publish("1")
+        channel.publish("2", id=first)
+        channel.publish("3", id=f"{first[:-1]}4")
+        fourth = channel.publish("4")
+        events = self.resume(channel, first, live="5")
+        self.assertEqual([data for _, data, _ in events], ["3", "4"])
+        events = self.resume(channel, fourth, live="6")
+        self.assertEqual([data for _, data, _ in events], ["5"])
 
     def test_is_told_of_a_gap_and_gets_all_that_is_held(self):
         channel = self.channel(history=3)
@@ -4719,17 +4755,7 @@ class AReconnectingClient(ChannelCase):
         self.assertTrue(peer.file.peek(1))
         for number in range(41, 141):
             channel.publish(big(number))
-        got, gaps = 1, 0
-        while got < 140:
-            kind, data, _ = peer.event()
-            if kind == "gap":
-                gaps += 1
-                self.assertEqual(number_of(data), got)
-                got = number_in(peer.data())
-            else:
-                self.assertEqual(number_in(data), got + 1)
-                got += 1
-        self.assertGreater(gaps, 0)
+        self.assert_gets_or_is_told(peer, 1, 140)
 
     def test_may_leave_during_its_replay(self):
         channel = self.channel()
@@ -5208,6 +5234,11 @@ class TheThreads(StreamCase):
                     with contextlib.suppress(OSError, EOFError):
                         ends.append(peer.finish())
                 self.assertEqual(len(ends), 9)
+
+    def test_are_there_before_descriptors_become_scarce(self):
+        before = threading.active_count()
+        self.serve()
+        wait_until(lambda: threading.active_count() == before + 1 + 1)
 
     def test_deliver_an_event_whose_wake_up_was_interrupted(self):
         channel = Channel()
