@@ -165,8 +165,6 @@ def _encode_chunk(frames: bytes) -> tuple[bytes, ...]:
 
 
 _LAST_CHUNK = b"0\r\n\r\n"  # It is empty. So no other chunk must be.
-_FIRST_COMMENT = encode_comment("ok")
-_KEEPALIVE = encode_comment("keep-alive")
 
 
 # --- 2. The I/O thread ------------------------------------------------------------
@@ -432,13 +430,13 @@ class Client:
     def _write_head(self) -> None:
         """Send the head if it is pending. Proxies wait for the first byte of a body."""
         if self._state == _PENDING:
-            self._write(b"" if self._first_line else _FIRST_COMMENT)
+            self._write(b"" if self._first_line else encode_comment("ok"))
 
     def _write(self, frames: bytes, chunk: tuple[bytes, ...] = ()) -> None:
         """Write `frames`. `chunk` is the same as a chunk, if the caller has it."""
-        head, self._head = self._head, b""
+        head = self._head
         if head:
-            self._state = _OPEN
+            self._state, self._head = _OPEN, b""
             frames, chunk = self._first_line + frames, ()
         if not self._last_chunk:  # HTTP/1.0 has no chunks.
             chunk = (frames,)
@@ -468,12 +466,11 @@ class Client:
             _io_thread.schedule(self)  # It goes on when the socket takes more.
 
     def _write_next(self) -> bool:
-        """Write a piece from the channel, or the end; return whether more follows."""
-        channel = self._channel
-        if channel is not None and not self._backlog and channel._is_ahead_of(self):
-            piece = channel._next_piece(self)
-            self._write(piece.frames, piece.chunk)
-            if channel._is_ahead_of(self):
+        """Write a piece from the channel, or the end; tell whether more may follow."""
+        if self._channel is not None and not self._backlog:
+            piece = self._channel._next_piece(self)
+            if piece is not None:
+                self._write(piece.frames, piece.chunk)
                 return True
         if self._place >= self._last_place and not self._backlog:
             last_chunk, self._last_chunk = self._last_chunk, b""
@@ -484,7 +481,7 @@ class Client:
         self._state = state
         self._changed.notify_all()
 
-    def _lose(self, reset_reason: str = "") -> None:
+    def _lose(self, reset_reason: str) -> None:
         """Give up what was not delivered."""
         if self._state < _LOST:
             self._reset_reason = reset_reason
@@ -509,7 +506,7 @@ class Client:
                 self._socket.shutdown(socket.SHUT_WR)
         self._enter(_ENDED)
 
-    # The rest takes the lock. The I/O thread calls the first three.
+    # The rest takes the lock. The I/O thread calls the first four.
 
     def _send_more(self) -> None:
         """Send what comes next: the backlog, a piece from the channel, the end."""
@@ -520,12 +517,23 @@ class Client:
                     self._write_bytes(part)
                 self._changed.notify_all()
             is_waiting = self._state < _LOST and self._write_next()
-            is_done = self._place >= self._last_place and not is_waiting
-            if self._state == _LOST or (self._state == _CLOSING and is_done):
+            is_done = self._state == _CLOSING and self._place >= self._last_place
+            if self._state == _LOST or (is_done and not is_waiting):
                 self._end()
             elif is_waiting != self._is_waiting:
                 self._is_waiting = is_waiting
                 _io_thread.watch_for_writing(self, is_waiting)
+
+    def _offer(self, piece: _Piece) -> None:
+        """Send what the channel fans out. To those that keep up it takes fewer calls."""
+        with self._lock:
+            keeps_up = self._place == piece.begin and not self._backlog
+            if keeps_up and self._state == _OPEN:
+                self._place = piece.end
+                self._write(piece.frames, piece.chunk)
+                return
+        if not self._is_waiting:
+            self._send_more()
 
     def _on_ready(self, events: int) -> None:
         """Notice that the peer has left, drop what it sends, and send more."""
@@ -550,7 +558,7 @@ class Client:
                 self._lose("it has stopped reading")
             elif not self._is_waiting and idle >= (self._server.keepalive or inf):
                 if self._state == _OPEN:
-                    self._write(_KEEPALIVE)
+                    self._write(encode_comment("keep-alive"))
                 self._write_head()
         if self._is_waiting:
             # Linux reports a socket as writable only when a third of its buffer is
@@ -609,10 +617,10 @@ class _Event(NamedTuple):
 
 
 class _Piece(NamedTuple):  # events to be sent at once: those after begin up to end
-    begin: int = -1
-    end: int = -1
-    frames: bytes = b""
-    chunk: tuple[bytes, ...] = ()  # the same, as _encode_chunk() returns it
+    begin: int
+    end: int
+    frames: bytes
+    chunk: tuple[bytes, ...]  # the same, as _encode_chunk() returns it
 
 
 class Channel:
@@ -640,7 +648,6 @@ class Channel:
         self._newest = 0
         self._floor = 0  # the place before all events that are kept
         self._fanned_out = 0  # the newest event that clients may be sent
-        self._shared_piece = _Piece()  # what is being fanned out
         self._clients: dict[Client, None] = {}  # in the order of joining
         self._closed = False
         self._ends_streams = False
@@ -739,18 +746,13 @@ class Channel:
             for client in self.clients:
                 client.close()
 
-    def _is_ahead_of(self, client: Client) -> bool:
-        """Tell whether there are events that `client` may be sent now."""
-        place = client._place
-        return place < self._fanned_out and place < client._last_place
-
-    def _next_piece(self, client: Client) -> _Piece:
-        """Return some of these events, and move the place past them."""
-        piece = self._shared_piece
-        if client._place != piece.begin or client._last_place < piece.end:
-            end = min(self._fanned_out, client._last_place)
-            with self._lock:
-                piece = self._piece_after(client._place, end)
+    def _next_piece(self, client: Client) -> _Piece | None:
+        """Return the next events for `client`, if any, and move its place past them."""
+        end = min(self._fanned_out, client._last_place)
+        if client._place >= end:
+            return None
+        with self._lock:
+            piece = self._piece_after(client._place, end)
         client._place = piece.end
         return piece
 
@@ -782,12 +784,11 @@ class Channel:
             if self._fanned_out == self._newest:
                 return
             piece = self._piece_after(self._fanned_out, self._newest)
-            self._shared_piece, self._fanned_out = piece, piece.end
+            self._fanned_out = piece.end
             clients = list(self._clients)
             self._changed.notify_all()
         for client in clients:
-            _attempt(client._send_more)
-        self._shared_piece = _Piece()
+            _attempt(client._offer, piece)
         if piece.end < self._newest:
             _io_thread.schedule(self)
 
@@ -884,8 +885,7 @@ class SSERequestHandler(BaseHTTPRequestHandler):
         accept = self.headers.get("Accept", "")
         if "text/event-stream" in accept and "text/html" not in accept:
             # There is no stream here. After "okay" a client of MCP would ask again.
-            allow = {"Allow": self._allowed_methods()}
-            raise Refusal(HTTPStatus.METHOD_NOT_ALLOWED, "", allow)
+            raise Refusal(405, "", {"Allow": self._allowed_methods()})
         self._answer(HTTPStatus.OK, "okay", {})
 
     def _allowed_methods(self) -> str:
@@ -906,7 +906,7 @@ class SSERequestHandler(BaseHTTPRequestHandler):
         is_refused = self._request.is_surplus or self.server._is_closing
         has_room = _io_thread.has_room() and not is_refused
         if not has_room and self.command not in _SAFE_METHODS:
-            raise Refusal(HTTPStatus.SERVICE_UNAVAILABLE, "", {"Retry-After": "5"})
+            raise Refusal(503, "", {"Retry-After": "5"})
         fields = {**(headers or {}), **_STREAM_HEADERS}
         if is_chunked:  # Without chunks urllib3 waits until its buffer is full.
             fields["Transfer-Encoding"] = "chunked"
@@ -1098,8 +1098,7 @@ class SSERequestHandler(BaseHTTPRequestHandler):
 
     def finish(self) -> None:
         """Close in stages (RFC 9112, 9.6); otherwise an answer may be lost."""
-        # To close a socket with unread input sends an RST, which may overtake the
-        # answer. So send our FIN first, and read up to the peer's, for a second.
+        # Unread input would cause an RST, so send a FIN, and read up to the peer's.
         super().finish()
         if not self._has_body:
             return
