@@ -525,7 +525,7 @@ class Client:
                 _io_thread.watch_for_writing(self, is_waiting)
 
     def _offer(self, piece: _Piece) -> None:
-        """Send what the channel fans out. To those that keep up it takes fewer calls."""
+        """Send what the channel fans out. Who keeps up needs fewer calls for that."""
         with self._lock:
             keeps_up = self._place == piece.begin and not self._backlog
             if keeps_up and self._state == _OPEN:
@@ -853,7 +853,7 @@ class SSERequestHandler(BaseHTTPRequestHandler):
     server: SSEServer  # pyright: ignore[reportIncompatibleVariableOverride]
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True  # An event must not wait for the one before it.
-    timeout = 30.0  # seconds for one read or write, except on a stream
+    _write_timeout = 30.0  # seconds for one write; reading has deadlines
     wbufsize = 0  # What a handler writes leaves at once.
     _is_answered = False
     _has_body = True  # or other input that may be unread
@@ -977,7 +977,7 @@ class SSERequestHandler(BaseHTTPRequestHandler):
         self._request.deadline = time.monotonic() + self.server.body_timeout
         body = self.rfile.read(int(length))
         self._request.deadline = inf
-        self.connection.settimeout(self.timeout)
+        self.connection.settimeout(self._write_timeout)
         if len(body) < int(length):
             raise Refusal(HTTPStatus.BAD_REQUEST, "the body is not complete\n")
         self._has_body = False
@@ -1039,7 +1039,7 @@ class SSERequestHandler(BaseHTTPRequestHandler):
     def _answer_refusal(self, refusal: Refusal) -> None:
         if not self._is_answered:
             with contextlib.suppress(OSError):  # The peer has left.
-                self.connection.settimeout(self.timeout)
+                self.connection.settimeout(self._write_timeout)
                 self._answer(*refusal.args)
 
     def parse_request(self) -> bool:
@@ -1056,6 +1056,7 @@ class SSERequestHandler(BaseHTTPRequestHandler):
         self.path = re.sub("^//+", "/", path)
         self._read_fields(_MAX_HEAD_SIZE - len(line))
         self._request.deadline = inf
+        self.connection.settimeout(self._write_timeout)
         fields = self.headers
         self._has_body = "Content-Length" in fields or "Transfer-Encoding" in fields
         _check_host(self)
