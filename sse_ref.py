@@ -27,8 +27,9 @@ kinds of threads do the work:
     publish and what slow readers could not take at first, notices readers that leave,
     sends keep-alive comments, and ends streams.
 
-Any thread may write to a stream, under the lock of its Client. Who needs several locks
-takes a client's first, then a channel's, then the I/O thread's, and logs under none.
+Any thread may write to a stream, under the lock of its Client. A thread that needs
+several locks takes a client's first, then a channel's, then the I/O thread's. It never
+logs while it holds one.
 
 "Standard" means section 9.2 of HTML, https://html.spec.whatwg.org/#server-sent-events
 """
@@ -41,7 +42,6 @@ import contextlib
 import dataclasses
 import errno
 import fnmatch
-import functools
 import inspect
 import io
 import ipaddress
@@ -65,15 +65,8 @@ from math import inf
 from typing import Any, Callable, Iterable, Mapping, NamedTuple
 from urllib.parse import parse_qs, unquote
 
-__all__ = [
-    "Channel",
-    "Client",
-    "Refusal",
-    "SSERequestHandler",
-    "SSEServer",
-    "encode_comment",
-    "encode_event",
-]
+__all__ = ["Channel", "Client", "Refusal", "SSERequestHandler", "SSEServer"]
+__all__ += ["encode_comment", "encode_event"]
 
 __version__ = "3.0"
 
@@ -82,10 +75,20 @@ _Callback = Callable[["Client"], object]
 _Headers = Mapping[str, str]
 
 
-def _log(level: int, message: str, *arguments: object) -> None:
+def _report(level: int, message: str, *arguments: object) -> None:
     """Log; an error with its traceback. No answer may depend on a log that fails."""
     with contextlib.suppress(Exception):
         logger.log(level, message, *arguments, exc_info=level >= logging.ERROR)
+
+
+def _attempt(stream: object, step: Callable[..., object], *arguments: object) -> None:
+    """Call `step(*arguments)`. If that fails, it costs no more than this stream."""
+    try:
+        step(*arguments)
+    except Exception:
+        _report(logging.ERROR, "%s failed", step)
+        if isinstance(stream, Client):
+            stream._cut_off("because of an error in the server")
 
 
 # --- 1. An event ------------------------------------------------------------------
@@ -122,7 +125,7 @@ def encode_event(
             raise TypeError(f"retry must be int, not {type(retry).__name__}")
         if retry < 0:  # Standard, 9.2.6: readers ignore all but ASCII digits.
             raise ValueError("retry must not be negative")
-        frame += f"retry: {int.__repr__(retry)}\n"
+        frame += f"retry: {int.__repr__(retry)}\n"  # A subclass may have another str().
     if id is not None:
         frame += _field("id", id)
     if data is not None:
@@ -134,7 +137,6 @@ def encode_event(
 
 def encode_comment(text: str = "") -> bytes:
     """Return `text` as comment lines, which readers ignore (standard, 9.2.6)."""
-    # No blank line: some clients report an empty event at each one.
     return _field("", text).encode()
 
 
@@ -164,7 +166,7 @@ def _encode_chunk(frames: bytes) -> tuple[bytes, ...]:
     return size, frames, b"\r\n"
 
 
-_LAST_CHUNK = b"0\r\n\r\n"  # It is empty. So no other chunk must be.
+_LAST_CHUNK = b"0\r\n\r\n"  # An empty chunk ends the body, so frames are never empty.
 
 
 # --- 2. The I/O thread ------------------------------------------------------------
@@ -177,23 +179,12 @@ _LAST_CHUNK = b"0\r\n\r\n"  # It is empty. So no other chunk must be.
 #   _send_more()        after `schedule`; channels have this one, too
 
 
-def _attempt(step: Callable[..., object], *arguments: object) -> None:
-    """Call `step(*arguments)`. If it fails, that costs no more than one stream."""
-    try:
-        step(*arguments)
-    except Exception:
-        _log(logging.ERROR, "%s failed", step)
-        stream = getattr(step, "__self__", None)
-        if isinstance(stream, Client):
-            stream._cut_off("because of an error in the server")
-
-
 class _IOThread:
     """Waits for the sockets of all open streams. It runs while there are any."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()  # guards these, and start and end of the thread
-        self._thread: threading.Thread | None = None  # the last one
+        self._lock = threading.Lock()  # guards changes of these, and start and end
+        self._thread: threading.Thread | None = None  # that runs, or has ended last
         self._is_running = False
         self._streams: set[Client] = set()
         self._scheduled: dict[Client | Channel, None] = {}  # in this order
@@ -203,6 +194,7 @@ class _IOThread:
         with self._lock:
             if not self._is_running:
                 self._start()
+            # epoll and kqueue see it at once, poll and select with the next check.
             self._selector.register(stream._socket, selectors.EVENT_READ, stream)
             self._streams.add(stream)
 
@@ -230,15 +222,17 @@ class _IOThread:
         with contextlib.ExitStack() as opened:
             self._selector = opened.enter_context(selectors.DefaultSelector())
             # A self-pipe: a byte into one end wakes a selector that watches the other.
-            self._waker, self._wakened = map(opened.enter_context, socket.socketpair())
+            self._waker, self._wakened = socket.socketpair()
+            opened.enter_context(self._waker)
+            opened.enter_context(self._wakened)
             self._selector.register(self._wakened, selectors.EVENT_READ)
             thread = threading.Thread(target=self._run, name="sse_ref I/O", daemon=True)
-            thread.start()  # It waits for the lock.
+            thread.start()  # Its first step waits for the lock that we hold.
             self._thread, self._is_running = thread, True
             self._opened = opened.pop_all()
 
     def watch_for_writing(self, stream: Client, is_wanted: bool) -> None:
-        """Call `_on_ready` also when the socket takes more, or no longer."""
+        """Choose whether `_on_ready` is called when the socket takes more, too."""
         events = selectors.EVENT_READ | (selectors.EVENT_WRITE if is_wanted else 0)
         self._selector.modify(stream._socket, events, stream)
 
@@ -255,12 +249,12 @@ class _IOThread:
             if now >= next_check:
                 next_check = now + 0.25  # seconds
                 for stream in list(self._streams):
-                    _attempt(stream._check, now)
-                    del stream  # Here it would stay in memory after its end.
-            _attempt(self._wait, next_check - now if self._streams else 0)
+                    _attempt(stream, stream._check, now)
+                    del stream  # A name that stays would keep it in memory.
+            _attempt(None, self._wait, next_check - now if self._streams else 0)
 
     def _serve_scheduled(self) -> bool:
-        """Let who is scheduled send more; False if there is nothing left to do."""
+        """Have scheduled streams and channels send more; False if nothing is left."""
         with self._lock:
             scheduled, self._scheduled = self._scheduled, {}
             if not scheduled and not self._streams:
@@ -269,7 +263,7 @@ class _IOThread:
                 self._opened.close()
                 return False
         for each in scheduled:
-            _attempt(each._send_more)
+            _attempt(each, each._send_more)
         return True
 
     def _wait(self, seconds: float) -> None:
@@ -277,7 +271,7 @@ class _IOThread:
             if key.data is None:
                 self._wakened.recv(4096)
             else:
-                _attempt(key.data._on_ready, events)
+                _attempt(key.data, key.data._on_ready, events)
 
 
 _io_thread = _IOThread()
@@ -286,7 +280,8 @@ _io_thread = _IOThread()
 # --- 3. A stream ------------------------------------------------------------------
 #
 # A frame is an event or a comment, in bytes. What the kernel does not take at once
-# waits in the backlog. A stream is in one of these states, and only moves on:
+# waits in the backlog. "(locked)" means that the caller holds the lock of the object. A
+# stream is in one of these states, and only moves on:
 
 _PENDING = 0  # Nothing was sent, not even the head: the program may still refuse.
 _OPEN = 1  # Any thread may send.
@@ -294,10 +289,9 @@ _CLOSING = 2  # No more can be sent. What was sent before is delivered.
 _LOST = 3  # Nothing more can be delivered.
 _ENDED = 4  # The I/O thread has sent a FIN or an RST, and let go of the socket.
 
-#   close    CLOSING. Any thread may call it. When all is delivered, _end follows.
-#   _lose    LOST, since the peer has left, or is cut off for a reason. _end follows.
-#   _end     ENDED. Only the I/O thread calls it. A FIN goes out; an RST if cut off.
-#   _finish  The request's own thread closes, and waits for ENDED.
+#   close()   CLOSING. Any thread may call it. _end() follows when all is delivered.
+#   _lose()   LOST. The peer has left, or is cut off for a reason. _end() follows.
+#   _end()    ENDED. Only the I/O thread calls it. A FIN goes out; an RST if cut off.
 
 
 class Client:
@@ -326,26 +320,26 @@ class Client:
         self._own_thread = threading.get_ident()
         self._log_request: Callable[[int], object] = handler.log_request
 
-        # Guards writing to the socket, and all that follows.
+        # Guards writing to the socket, and changes of what follows.
         self._lock = threading.Lock()
-        # Tells the request's own thread of a new state, or that the kernel took bytes.
+        # Wakes the request's own thread: a new state, or the kernel has taken bytes.
         self._changed = threading.Condition(self._lock)
         self._state = _PENDING
         self._head = head
-        self._first_line = self._server._first_line  # goes with the first frame
-        self._last_chunk = _LAST_CHUNK if is_chunked else b""  # until it is written
+        self._retry_line = self._server._retry_line  # It goes with the first frame.
+        self._is_chunked = is_chunked  # until the last chunk; HTTP/1.0 has none
         self._backlog: list[memoryview] = []
         self._backlog_size = 0  # bytes
         self._taken = 0  # bytes that the kernel has taken so far
-        self._last_progress = time.monotonic()
-        self._is_waiting = False  # The I/O thread waits for the reader to take more.
+        self._last_progress = time.monotonic()  # when the kernel took bytes
+        self._waits_for_reader = False  # whether the selector watches it for writing
         self._received = 0  # bytes from the peer, which should send none
         self._reset_reason = ""
         self._callbacks: list[_Callback] = []
         # Its channel and its place in the log (chapter 4); once closed, its last place.
         self._channel: Channel | None = None
         self._place = 0
-        self._last_place: float = inf
+        self._last_place = 0.0
 
     @property
     def closed(self) -> bool:
@@ -381,7 +375,7 @@ class Client:
                 self._write(frames)
             else:
                 self._lose("its backlog is over max_backlog")
-            end = self._taken + self._backlog_size  # Others may add to the backlog.
+            end = self._taken + self._backlog_size  # of its bytes, not of later ones
             if is_own_thread:
                 self._changed.wait_for(
                     lambda: self._taken >= end or self._state >= _LOST
@@ -411,13 +405,14 @@ class Client:
             self._write_head()
             if not self.closed:
                 self._enter(_CLOSING)
-                self._last_place = self._channel._newest if self._channel else 0
-                _io_thread.schedule(self)
+                if self._channel is not None:
+                    self._last_place = self._channel._newest
+            _io_thread.schedule(self)
 
     def on_close(self, callback: _Callback) -> None:
         """Call `callback(client)` after the end and after `on_connection` has returned.
 
-        That is in the request's own thread; or in this one, at once, if it has ended.
+        If the stream has ended already, it is called at once, in the calling thread.
         """
         with self._lock:
             if self._state < _ENDED:
@@ -425,27 +420,23 @@ class Client:
                 return
         callback(self)
 
-    # Writing. Up to the next comment like this, the lock is held.
-
     def _write_head(self) -> None:
-        """Send the head if it is pending. Proxies wait for the first byte of a body."""
+        """Send a head that is pending; proxies wait for a first byte (locked)."""
         if self._state == _PENDING:
-            self._write(b"" if self._first_line else encode_comment("ok"))
+            self._write(b"" if self._retry_line else encode_comment("ok"))
 
     def _write(self, frames: bytes, chunk: tuple[bytes, ...] = ()) -> None:
-        """Write `frames`. `chunk` is the same as a chunk, if the caller has it."""
-        head = self._head
-        if head:
-            self._state, self._head = _OPEN, b""
-            frames, chunk = self._first_line + frames, ()
-        if not self._last_chunk:  # HTTP/1.0 has no chunks.
-            chunk = (frames,)
-        for part in chunk or _encode_chunk(frames):
-            self._write_bytes(head + part)  # in one packet
-            head = b""
+        """Write `frames`; `chunk` is the same, if the caller has it (locked)."""
+        if self._state == _PENDING:
+            self._state = _OPEN
+            frames, chunk = self._retry_line + frames, ()
+        parts = (chunk or _encode_chunk(frames)) if self._is_chunked else (frames,)
+        for part in parts:
+            self._write_bytes(self._head + part)  # The head leaves in the same packet.
+            self._head = b""
 
     def _write_bytes(self, data: bytes | memoryview) -> None:
-        """Hand `data` to the kernel. What it does not take waits in the backlog."""
+        """Hand `data` to the kernel, what it does not take to the backlog (locked)."""
         taken = 0
         if not self._backlog:
             try:
@@ -462,40 +453,37 @@ class Client:
             # Each part costs memory and a system call, so small ones are joined.
             rest = memoryview(b"".join((self._backlog.pop(), rest)))
         self._backlog.append(rest)
-        if not self._is_waiting:
+        if not self._waits_for_reader:
             _io_thread.schedule(self)  # It goes on when the socket takes more.
 
-    def _write_next(self) -> bool:
-        """Write a piece from the channel, or the end; tell whether more may follow."""
-        if self._channel is not None and not self._backlog:
-            piece = self._channel._next_piece(self)
-            if piece is not None:
-                self._write(piece.frames, piece.chunk)
-                return True
-        if self._place >= self._last_place and not self._backlog:
-            last_chunk, self._last_chunk = self._last_chunk, b""
-            self._write_bytes(last_chunk)
-        return bool(self._backlog)
+    def _write_piece(self) -> bool:
+        """Write the channel's next events; False if there are none yet (locked)."""
+        if self._channel is None or self._backlog or self._state >= _LOST:
+            return False
+        piece = self._channel._next_piece(self)
+        if piece is not None:
+            self._write(piece.frames, piece.chunk)
+        return piece is not None
 
     def _enter(self, state: int) -> None:
         self._state = state
         self._changed.notify_all()
 
     def _lose(self, reset_reason: str) -> None:
-        """Give up what was not delivered."""
+        """Give up what was not delivered (locked)."""
         if self._state < _LOST:
             self._reset_reason = reset_reason
             self._enter(_LOST)
             _io_thread.schedule(self)
 
     def _end(self) -> None:
-        """Let go of the socket (I/O thread)."""
+        """Let go of the socket (locked, I/O thread)."""
         _io_thread.remove(self)
         if self._channel is not None:
             self._channel._remove(self)
             self._channel = None
         self._backlog.clear()
-        self._is_waiting = False
+        self._waits_for_reader = False
         with contextlib.suppress(OSError):
             if self._reset_reason:
                 # To linger for 0 seconds is to send an RST.
@@ -506,63 +494,69 @@ class Client:
                 self._socket.shutdown(socket.SHUT_WR)
         self._enter(_ENDED)
 
-    # The rest takes the lock. The I/O thread calls the first four.
-
     def _send_more(self) -> None:
-        """Send what comes next: the backlog, a piece from the channel, the end."""
+        """Send what comes next: backlog, channel's piece, last chunk (I/O thread)."""
         with self._lock:
-            if self._backlog:  # Write it again.
+            if self._backlog and self._state < _LOST:
                 backlog, self._backlog, self._backlog_size = self._backlog, [], 0
                 for part in backlog:
-                    self._write_bytes(part)
+                    self._write_bytes(part)  # What is not taken comes to the backlog.
                 self._changed.notify_all()
-            is_waiting = self._state < _LOST and self._write_next()
-            is_done = self._state == _CLOSING and self._place >= self._last_place
-            if self._state == _LOST or (is_done and not is_waiting):
+            may_have_more = self._write_piece()
+            is_at_end = self._state == _CLOSING and self._place >= self._last_place
+            if is_at_end and not self._backlog and self._is_chunked:
+                self._is_chunked = False
+                self._write_bytes(_LAST_CHUNK)
+            waits_for_reader = may_have_more or bool(self._backlog)
+            if self._state == _LOST or (is_at_end and not waits_for_reader):
                 self._end()
-            elif is_waiting != self._is_waiting:
-                self._is_waiting = is_waiting
-                _io_thread.watch_for_writing(self, is_waiting)
+            elif self._state < _LOST and waits_for_reader != self._waits_for_reader:
+                self._waits_for_reader = waits_for_reader
+                _io_thread.watch_for_writing(self, waits_for_reader)
 
     def _offer(self, piece: _Piece) -> None:
-        """Send what the channel fans out. Who keeps up needs fewer calls for that."""
+        """Send what is fanned out: _send_more() in fewer calls (I/O thread)."""
         with self._lock:
             keeps_up = self._place == piece.begin and not self._backlog
             if keeps_up and self._state == _OPEN:
                 self._place = piece.end
                 self._write(piece.frames, piece.chunk)
                 return
-        if not self._is_waiting:
+        if not self._waits_for_reader:
             self._send_more()
 
     def _on_ready(self, events: int) -> None:
-        """Notice that the peer has left, drop what it sends, and send more."""
+        """Read and send, as the socket is ready for it (I/O thread)."""
         if events & selectors.EVENT_READ:
-            try:
-                received = len(self._socket.recv(4096))
-            except BlockingIOError:
-                return
-            except OSError:
-                received = 0
-            self._received += received
-            if not received or self._received > 2**16:  # noqa: PLR2004
-                self._cut_off("it does not stop sending" if received else "")
+            with self._lock:
+                self._read()
         if events & selectors.EVENT_WRITE:
             self._send_more()
 
+    def _read(self) -> None:
+        """Notice that the peer has left, or sends too much (locked)."""
+        try:
+            received = len(self._socket.recv(4096))
+        except BlockingIOError:
+            return
+        except OSError:
+            received = 0
+        self._received += received
+        if not received or self._received > 2**16:  # noqa: PLR2004
+            self._lose("it does not stop sending" if received else "")
+
     def _check(self, now: float) -> None:
-        """Send a keep-alive comment, or cut the stream off, if it is time for that."""
+        """Send a keep-alive comment, or cut the stream off, when due (I/O thread)."""
         with self._lock:
             idle = now - self._last_progress
-            if self._is_waiting and idle >= self.stall_timeout:
+            if self._waits_for_reader and idle >= self.stall_timeout:
                 self._lose("it has stopped reading")
-            elif not self._is_waiting and idle >= (self._server.keepalive or inf):
+            elif not self._waits_for_reader and idle >= (self._server.keepalive or inf):
                 if self._state == _OPEN:
                     self._write(encode_comment("keep-alive"))
                 self._write_head()
-        if self._is_waiting:
-            # Linux reports a socket as writable only when a third of its buffer is
-            # free. A slow reader takes long to free that much, so try before that.
+        if self._waits_for_reader:
+            # Linux calls a socket writable only when a third of its buffer is free.
             self._send_more()
 
     def _cut_off(self, reset_reason: str) -> None:
@@ -578,8 +572,9 @@ class Client:
         with self._lock:
             if self._state != _PENDING:
                 return False
-            self._head, self._first_line, self._last_chunk = answer, b"", b""
+            self._head, self._retry_line, self._is_chunked = answer, b"", False
             self._write(b"")
+            self._enter(_CLOSING)  # No other thread may add to the answer.
             return True
 
     def _finish(self) -> None:
@@ -588,14 +583,16 @@ class Client:
         self._log_once()
         self._wait_for_end()
         while self._callbacks:
-            _attempt(functools.partial(self._callbacks.pop(0), self))
+            _attempt(None, self._callbacks.pop(0), self)
         if self._reset_reason:
-            _log(logging.WARNING, "%s: cut off, %s", self.address, self._reset_reason)
+            _report(
+                logging.WARNING, "%s: cut off, %s", self.address, self._reset_reason
+            )
 
     def _log_once(self, status: int = HTTPStatus.OK) -> None:
         """Log the request, now that it is refused, or cannot be any more."""
         log_request, self._log_request = self._log_request, lambda status: None
-        log_request(status)
+        _attempt(None, log_request, status)
 
 
 # --- 4. A channel -----------------------------------------------------------------
@@ -624,12 +621,11 @@ class _Piece(NamedTuple):  # events to be sent at once: those after begin up to 
 
 
 class Channel:
-    """Events for all subscribers. Clients that reconnect get what they have missed.
+    """Events for all subscribers, from any thread; who reconnects gets what it missed.
 
     The newest `history` events are kept, at least 1. A client that needs older ones
     gets an event of the type "gap", and then all that is kept. The data of the gap is
     the last event ID of a client that comes back, and empty for one that fell behind.
-    All threads may use it.
     """
 
     def __init__(self, history: int = 1000) -> None:
@@ -638,11 +634,11 @@ class Channel:
         self._history = history
         self._epoch = secrets.token_hex(4)  # IDs of an earlier start are not ours.
 
-        self._lock = threading.Lock()  # guards all that follows
-        # Tells publish() that the I/O thread has moved on.
+        self._lock = threading.Lock()  # guards changes of what follows
+        # Wakes publish(): the I/O thread has moved on.
         self._changed = threading.Condition(self._lock)
-        # By number: the events that are kept, and the one before them (at first there
-        # is none, so number 0 stands for it): who has its ID has missed nothing.
+        # By number: the events that are kept, and the one before them, whose reader has
+        # missed nothing, either. At first number 0 stands for it.
         self._log = {0: _Event(f"{self._epoch}-0", b"")}
         self._numbers = {self._log[0].id: 0}  # by ID
         self._newest = 0
@@ -681,13 +677,13 @@ class Channel:
             if self._closed:
                 raise RuntimeError("the channel is closed")
             number = self._newest + 1
-            new_id = f"{self._epoch}-{number}"
             if id is None and data is not None:
-                id = new_id
+                id = f"{self._epoch}-{number}"
             frame = encode_event(data, event=event, id=id)
-            kept_id = str(id) or new_id  # Nobody could come back with an empty one.
+            kept_id = str(id) or f"{self._epoch}-{number}"  # Nobody comes back with "".
             self._log[number] = _Event(kept_id, frame)
-            self._numbers[kept_id] = self._newest = number
+            self._numbers[kept_id] = number
+            self._newest = number
             self._floor = max(number - self._history, 0)
             dropped = self._log.pop(self._floor - 1, None)
             # The program may have given its ID to a later event, too.
@@ -712,25 +708,27 @@ class Channel:
         if not last >= 0:
             raise ValueError("last must not be negative")
         last_id = client.last_event_id if after is None else str(after)
-        first = encode_event(last_id, event="gap")
+        gap = encode_event(last_id, event="gap")
         with client._lock:
             client._raise_if(client.closed)
             if client._channel is not None:
                 raise ValueError("the client is subscribed to a channel already")
             with self._lock:
-                place = self._numbers.get(last_id, self._floor)
+                first = b""
                 if not last_id:
                     place = int(max(self._newest - last, self._floor))
-                if not last_id or last_id in self._numbers:
-                    first = b""
+                elif last_id in self._numbers:
+                    place = self._numbers[last_id]
+                else:
+                    place, first = self._floor, gap
                 if place == self._newest:
                     # To come back with; without data it is no event (9.2.6).
                     first += encode_event(id=self._log[place].id)
-                client._channel, client._place = self, place
+                client._channel, client._place, client._last_place = self, place, inf
                 self._clients[client] = None
             if first:
                 client._write(first)
-            if client._write_next():
+            if client._write_piece():
                 _io_thread.schedule(client)
             client._write_head()
         if self._ends_streams:
@@ -748,10 +746,10 @@ class Channel:
 
     def _next_piece(self, client: Client) -> _Piece | None:
         """Return the next events for `client`, if any, and move its place past them."""
-        end = min(self._fanned_out, client._last_place)
-        if client._place >= end:
-            return None
         with self._lock:
+            end = min(self._fanned_out, client._last_place)
+            if client._place >= end:
+                return None
             piece = self._piece_after(client._place, end)
         client._place = piece.end
         return piece
@@ -788,7 +786,7 @@ class Channel:
             clients = list(self._clients)
             self._changed.notify_all()
         for client in clients:
-            _attempt(client._offer, piece)
+            _attempt(client, client._offer, piece)
         if piece.end < self._newest:
             _io_thread.schedule(self)
 
@@ -806,8 +804,7 @@ _MAX_HEAD_SIZE = 2**15  # bytes
 _SAFE_METHODS = ("GET", "HEAD", "OPTIONS")  # RFC 9110, 9.2.1
 _STREAM_HEADERS = {
     "Content-Type": "text/event-stream; charset=utf-8",  # Some assume Latin-1.
-    # no-transform: a proxy that compresses would hold events back.
-    "Cache-Control": "no-cache, no-transform",
+    "Cache-Control": "no-cache, no-transform",  # Compressing would delay events.
     "X-Accel-Buffering": "no",  # nginx must not wait for more.
 }
 
@@ -856,7 +853,7 @@ class SSERequestHandler(BaseHTTPRequestHandler):
     _write_timeout = 30.0  # seconds for one write; reading has deadlines
     wbufsize = 0  # What a handler writes leaves at once.
     _is_answered = False
-    _has_body = True  # or other input that may be unread
+    _may_have_input = True  # or other input that may be unread
 
     def do_GET(self) -> None:
         """Serve the event stream on the server's path, `serve_plain()` elsewhere."""
@@ -867,7 +864,7 @@ class SSERequestHandler(BaseHTTPRequestHandler):
             self.serve_plain()
 
     def do_HEAD(self) -> None:
-        """Answer with the head that GET would get."""
+        """Answer with the head alone; a stream's on_connection is not called."""
         self.do_GET()
 
     def do_OPTIONS(self) -> None:
@@ -903,14 +900,14 @@ class SSERequestHandler(BaseHTTPRequestHandler):
         if hasattr(self.connection, "do_handshake"):
             raise TypeError("a stream needs a plain socket; let a proxy do TLS")
         is_chunked = "HTTP/1.0" not in (self.request_version, self.protocol_version)
-        is_refused = self._request.is_surplus or self.server._is_closing
+        is_refused = self._slot.is_surplus or self.server._is_closing
         has_room = _io_thread.has_room() and not is_refused
         if not has_room and self.command not in _SAFE_METHODS:
             raise Refusal(503, "", {"Retry-After": "5"})
         fields = {**(headers or {}), **_STREAM_HEADERS}
         if is_chunked:  # Without chunks urllib3 waits until its buffer is full.
             fields["Transfer-Encoding"] = "chunked"
-        head = self._head(HTTPStatus.OK, fields)
+        head = self._build_head(HTTPStatus.OK, fields)
         if has_room and self.command != "HEAD":
             on_connection = on_connection or self.server.on_connection
             self._hold_stream(Client(self, head, is_chunked), on_connection)
@@ -931,7 +928,7 @@ class SSERequestHandler(BaseHTTPRequestHandler):
         with contextlib.suppress(AttributeError, OSError):  # Only Linux has it.
             self.connection.setsockopt(socket.SOL_TCP, socket.TCP_USER_TIMEOUT, 30_000)
         _io_thread.add(client)
-        self._request.client = client
+        self._slot.client = client
         if self.server._is_closing:  # It may have looked before that line.
             client.close()
         # From now on the client reads and writes.
@@ -945,18 +942,18 @@ class SSERequestHandler(BaseHTTPRequestHandler):
                 raise TypeError("on_connection must be a plain function")
             client.wait()
         except Refusal as refusal:
-            if client._refuse(self._text(*refusal.args)):
+            if client._refuse(self._build_text(*refusal.args)):
                 client._log_once(refusal.args[0])
             elif not client.closed:
-                _log(logging.ERROR, "%s: too late for %r", client.address, refusal)
+                _report(logging.ERROR, "%s: too late for %r", client.address, refusal)
         except Exception as error:
             if not (isinstance(error, BrokenPipeError) and client.closed):
                 # After a status like 500 an EventSource would not come back. So the
                 # stream ends in good order.
-                _log(logging.ERROR, "%s: on_connection failed", client.address)
+                _report(logging.ERROR, "%s: on_connection failed", client.address)
         finally:
             client._finish()
-            self._has_body |= client._received > 0
+            self._may_have_input |= client._received > 0
 
     def read_body(self, max_size: int = 2**20) -> bytes:
         """Return the whole body of the request; b"" if there is none.
@@ -973,17 +970,19 @@ class SSERequestHandler(BaseHTTPRequestHandler):
         # int() is not for a number of 30,000 digits.
         if len(length) > 18 or int(length) > max_size:  # noqa: PLR2004
             raise Refusal(HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
-        self.connection.settimeout(None)  # The deadline is for the whole body.
-        self._request.deadline = time.monotonic() + self.server.body_timeout
+        if self.rfile.closed:
+            raise RuntimeError("read_body() must come before serve_stream()")
+        self.connection.settimeout(self.server.body_timeout + 1)  # if nobody looks
+        self._slot.deadline = time.monotonic() + self.server.body_timeout
         body = self.rfile.read(int(length))
-        self._request.deadline = inf
+        self._slot.deadline = inf
         self.connection.settimeout(self._write_timeout)
         if len(body) < int(length):
             raise Refusal(HTTPStatus.BAD_REQUEST, "the body is not complete\n")
-        self._has_body = False
+        self._may_have_input = False
         return body
 
-    def _head(self, status: int, headers: _Headers) -> bytes:
+    def _build_head(self, status: int, headers: _Headers) -> bytes:
         """Return a head, without sending it."""
         head = io.BytesIO()
         wfile, self.wfile = self.wfile, head
@@ -999,25 +998,27 @@ class SSERequestHandler(BaseHTTPRequestHandler):
             self.wfile = wfile
         return head.getvalue()
 
-    def _text(self, status: int, text: str, headers: _Headers) -> bytes:
+    def _build_text(self, status: int, text: str, headers: _Headers) -> bytes:
         """Return an answer that is a short text."""
         fields = {"Cache-Control": "no-store", **headers}
         body = b"" if status in (204, 205, 304) else text.encode(errors="replace")
         if body:
             fields["Content-Type"] = "text/plain; charset=utf-8"
             fields["Content-Length"] = str(len(body))
-        return self._head(status, fields) + (b"" if self.command == "HEAD" else body)
+        return self._build_head(status, fields) + (
+            b"" if self.command == "HEAD" else body
+        )
 
     def _answer(self, status: int, text: str, headers: _Headers) -> None:
-        answer = self._text(status, text, headers)
-        self.log_request(status)
+        answer = self._build_text(status, text, headers)
+        _attempt(None, self.log_request, status)
         self.wfile.write(answer)
 
     # What http.server calls. Each of these says what would go wrong without it.
 
     def handle(self) -> None:
         """Read a head and answer it; otherwise an exception would get no answer."""
-        self._request = self.server._requests[self.request]
+        self._slot = self.server._slots[self.request]
         self.command = self.requestline = ""
         self.request_version, self.headers = self.protocol_version, HTTPMessage()
         try:
@@ -1033,7 +1034,7 @@ class SSERequestHandler(BaseHTTPRequestHandler):
             # A lost connection is no fault of ours, and needs no traceback.
             is_lost = isinstance(error, ConnectionError)
             level = logging.WARNING if is_lost else logging.ERROR
-            _log(level, "%s: the request failed: %r", self.client_address, error)
+            _report(level, "%s: the request failed: %r", self.client_address, error)
             self._answer_refusal(Refusal(HTTPStatus.INTERNAL_SERVER_ERROR))
 
     def _answer_refusal(self, refusal: Refusal) -> None:
@@ -1055,10 +1056,12 @@ class SSERequestHandler(BaseHTTPRequestHandler):
         # A page that redirects to its own path must not redirect to another host.
         self.path = re.sub("^//+", "/", path)
         self._read_fields(_MAX_HEAD_SIZE - len(line))
-        self._request.deadline = inf
+        self._slot.deadline = inf
         self.connection.settimeout(self._write_timeout)
         fields = self.headers
-        self._has_body = "Content-Length" in fields or "Transfer-Encoding" in fields
+        self._may_have_input = (
+            "Content-Length" in fields or "Transfer-Encoding" in fields
+        )
         _check_host(self)
         if self.command not in _SAFE_METHODS:
             _check_origin(self)
@@ -1081,7 +1084,7 @@ class SSERequestHandler(BaseHTTPRequestHandler):
     def log_message(self, format: str, *args: Any) -> None:
         """Log a request; otherwise a program without standard error would fail."""
         text = re.sub(r"[^ -~]", lambda each: ascii(each[0])[1:-1], format % args)
-        _log(logging.INFO, "%s %s", self.address_string(), text)
+        _report(logging.INFO, "%s %s", self.address_string(), text)
 
     def send_header(self, keyword: str, value: str) -> None:
         """Add a header; otherwise a line break would make it two."""
@@ -1101,12 +1104,12 @@ class SSERequestHandler(BaseHTTPRequestHandler):
         """Close in stages (RFC 9112, 9.6); otherwise an answer may be lost."""
         # Unread input would cause an RST, so send a FIN, and read up to the peer's.
         super().finish()
-        if not self._has_body:
+        if not self._may_have_input:
             return
         with contextlib.suppress(OSError):
             self.connection.shutdown(socket.SHUT_WR)
             self.connection.settimeout(1)
-            self._request.deadline = time.monotonic() + 1
+            self._slot.deadline = time.monotonic() + 1
             while self.connection.recv(2**16):
                 pass
 
@@ -1163,14 +1166,13 @@ def _check_origin(handler: SSERequestHandler) -> None:
     """Refuse a request from a page of another origin, unless that is allowed."""
     origin = handler.headers.get("Origin")
     site = handler.headers.get("Sec-Fetch-Site")
+    is_own = origin is None
     if site is not None:  # Fetch Metadata: the browser itself compares the origins.
         is_own = site in ("same-origin", "none")
     elif origin is not None:
         # The scheme does not matter: a proxy in front of us may speak TLS.
         match = _ORIGIN.fullmatch(origin.lower())
         is_own = bool(match and match[1] == handler.headers.get("Host", "").lower())
-    else:
-        is_own = True
     if not is_own and not _allowed_as(handler):
         reason = f"Origin {origin!a} is not in allowed_origins (--allow-origin)\n"
         raise Refusal(HTTPStatus.FORBIDDEN, reason)
@@ -1201,7 +1203,7 @@ def _send_cors_headers(handler: SSERequestHandler) -> None:
 
 
 @dataclasses.dataclass
-class _Request:  # what the server knows about a request
+class _Slot:  # what the server knows about a request
     thread: threading.Thread
     is_surplus: bool  # It gets no stream.
     deadline: float  # at which its input ends
@@ -1255,26 +1257,25 @@ class SSEServer(ThreadingHTTPServer):
         self.path = path
         self.keepalive = keepalive
         # Without its blank line it becomes part of the first event.
-        self._first_line = b"" if retry is None else encode_event(retry=retry)[:-1]
+        self._retry_line = b"" if retry is None else encode_event(retry=retry)[:-1]
         self.max_connections = max_connections
         self.max_backlog = max_backlog
         self.allowed_hosts = _allowed("allowed_hosts", _HOSTS, allowed_hosts)
         self.allowed_origins = _allowed("allowed_origins", _ORIGINS, allowed_origins)
-        self._requests: dict[socket.socket, _Request] = {}
+        self._slots: dict[socket.socket, _Slot] = {}
         # If a name has addresses of both families, take IPv4.
         host, port = server_address[:2]
         found = socket.getaddrinfo(host or "0.0.0.0", port, type=socket.SOCK_STREAM)
         found.sort(key=lambda info: info[0] != socket.AF_INET)
         self.address_family, *_, address = found[0]
-        # getaddrinfo() takes port 70000 for 4464.
-        bindable: Any = (address[0], port, *address[2:])
+        bindable: Any = (address[0], port, *address[2:])  # It takes 70000 for 4464.
         super().__init__(bindable, RequestHandlerClass)
 
     @property
     def clients(self) -> frozenset[Client]:
-        """The streams that are open at this moment."""
-        clients = [request.client for request in list(self._requests.values())]
-        return frozenset(client for client in clients if client and not client.closed)
+        """The streams that are open: not those that may still be refused."""
+        clients = [request.client for request in list(self._slots.values())]
+        return frozenset(each for each in clients if each and each._state == _OPEN)
 
     def run(self) -> None:
         """Serve until SIGINT or SIGTERM, then end every stream (main thread only)."""
@@ -1290,7 +1291,7 @@ class SSEServer(ThreadingHTTPServer):
         """End every stream in good order, cut off stuck ones, wait for all threads."""
         super().server_close()
         self._is_closing = True
-        requests = list(self._requests.values())
+        requests = list(self._slots.values())
         self._end_input_due(inf)
         clients = [request.client for request in requests if request.client is not None]
         for client in clients:
@@ -1319,7 +1320,7 @@ class SSEServer(ThreadingHTTPServer):
             self._end_input_due(now)
 
     def _end_input_due(self, now: float) -> None:
-        for connection, request in list(self._requests.items()):
+        for connection, request in list(self._slots.items()):
             if request.deadline < now:
                 with contextlib.suppress(OSError):
                     connection.shutdown(socket.SHUT_RD)
@@ -1330,33 +1331,32 @@ class SSEServer(ThreadingHTTPServer):
             return super().get_request()
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                _log(logging.WARNING, "no new connections for now: %r", error)
+                _report(logging.WARNING, "no new connections for now: %r", error)
                 time.sleep(0.2)
             raise
 
-    def verify_request(self, request: Any, client_address: Any) -> bool:
-        """Tell whether there is room; 64 requests beyond the streams are answered."""
-        return len(self._requests) < self.max_connections + 64
-
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Start a thread for the request."""
+        """Start a thread for the request, at most 64 beyond max_connections."""
+        if len(self._slots) >= self.max_connections + 64:
+            self.shutdown_request(request)
+            return
         target, arguments = self.process_request_thread, (request, client_address)
         thread = threading.Thread(target=target, args=arguments, daemon=True)
         deadline = time.monotonic() + self.head_timeout
         # In order of arrival: whoever asks later would see many others.
-        is_surplus = len(self._requests) >= self.max_connections
-        self._requests[request] = _Request(thread, is_surplus, deadline)
+        is_surplus = len(self._slots) >= self.max_connections
+        self._slots[request] = _Slot(thread, is_surplus, deadline)
         thread.start()
 
     def shutdown_request(self, request: Any) -> None:
         """Forget a connection, and close it."""
-        self._requests.pop(request, None)
+        self._slots.pop(request, None)
         super().shutdown_request(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Log what went wrong before or after a request."""
         if not isinstance(sys.exc_info()[1], OSError):  # The connection is lost.
-            _log(logging.ERROR, "%s: the connection failed", client_address)
+            _report(logging.ERROR, "%s: the connection failed", client_address)
 
 
 def _check_options(function: Any, handler: Any, keepalive: Any) -> None:
