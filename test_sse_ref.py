@@ -972,6 +972,7 @@ class ARefusalOfAStream(StreamCase):
         closed = []
 
         def on_connection(client):
+            self.assertNotIn(client, server.clients)  # Others must not send to it yet.
             client.on_close(closed.append)
             raise refusal
 
@@ -1326,7 +1327,7 @@ class AChannel(ChannelCase):
         for history in (0, -1):
             with self.assertRaises(ValueError):
                 Channel(history=history)
-        channel, other, clients = Channel(), Channel(), []
+        channel, other, clients = Channel(history=1), Channel(), []
         channel.publish("kept")
 
         def on_connection(client):
@@ -1801,6 +1802,8 @@ class AStreamInAnswer(ServerCase):
 
             # A header may be a number, as in http.server.
             handler.serve_stream(on_connection, {"X-Number": 5})
+            with self.assertRaises(RuntimeError):
+                handler.read_body()
             handler.wfile.write(b"more")  # What is too late gets lost,
             raise Refusal(404)  # and adds nothing.
 
@@ -2046,6 +2049,10 @@ class TheLog(ServerCase):
         class Handler(sse_ref.SSERequestHandler):
             def do_POST(self):
                 raise KeyError
+
+            def log_message(self, *arguments):
+                super().log_message(*arguments)
+                raise OSError("the program's own log fails, too")
 
         class Full(logging.Handler):
             def emit(self, record):
@@ -2606,15 +2613,6 @@ class TheServer(ServerCase):
                 server.server_address = (target, server.server_port)
                 self.assertEqual(self.connect(server).data(), target)
                 self.assertEqual(self.answer(server).body, b"okay")
-
-    def test_has_the_kernel_send_at_once(self):
-        def answer(handler):
-            get = handler.connection.getsockopt
-            option = get(socket.IPPROTO_TCP, socket.TCP_NODELAY)
-            send_page(handler, b"at once" if option else b"later")
-
-        server = self.serve(handler=answering(answer))
-        self.assertEqual(self.answer(server).body, b"at once")
 
     @unittest.skipUnless(sys.platform == "linux", "needs to know the longest backlog")
     def test_has_as_many_clients_wait_in_line_as_the_kernel_allows(self):
