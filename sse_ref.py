@@ -621,7 +621,7 @@ class _Piece(NamedTuple):  # events to be sent at once: those after begin up to 
 
 
 class Channel:
-    """Events for all subscribers, from any thread; who reconnects gets what it missed.
+    """Events for all subscribers. Clients that reconnect get what they have missed.
 
     The newest `history` events are kept, at least 1. A client that needs older ones
     gets an event of the type "gap", and then all that is kept. The data of the gap is
@@ -826,7 +826,7 @@ class Refusal(Exception):
 
 
 def _check_header(name: str, value: object) -> None:
-    """Raise ValueError if this is not one header, in Latin-1."""
+    """Raise ValueError if this is not one Latin-1 header (the space exposes a CR)."""
     if not _FIELD_LINE.fullmatch(f"{name}: {value} \n"):
         raise ValueError(f"not a header: {name!r}: {value!r}")
 
@@ -870,7 +870,7 @@ class SSERequestHandler(BaseHTTPRequestHandler):
     def do_OPTIONS(self) -> None:
         """Say which methods there are, and what other pages may send (Fetch, 3.2)."""
         headers = {"Allow": self._allowed_methods()}
-        if _allowed_as(self):
+        if _cors_origin(self):
             asked = self.headers.get("Access-Control-Request-Headers", "")
             headers["Access-Control-Allow-Methods"] = headers["Allow"]
             headers["Access-Control-Allow-Headers"] = asked
@@ -929,9 +929,9 @@ class SSERequestHandler(BaseHTTPRequestHandler):
             self.connection.setsockopt(socket.SOL_TCP, socket.TCP_USER_TIMEOUT, 30_000)
         _io_thread.add(client)
         self._slot.client = client
-        if self.server._is_closing:  # It may have looked before that line.
+        if self.server._is_closing:  # server_close() may have missed this client.
             client.close()
-        # From now on the client reads and writes.
+        # The client reads and writes from now on. An open file would defer its RST.
         self.rfile.close()
         self.wfile = io.BytesIO()
         try:
@@ -1014,7 +1014,7 @@ class SSERequestHandler(BaseHTTPRequestHandler):
         _attempt(None, self.log_request, status)
         self.wfile.write(answer)
 
-    # What http.server calls. Each of these says what would go wrong without it.
+    # These override methods of http.server, and say what would go wrong without them.
 
     def handle(self) -> None:
         """Read a head and answer it; otherwise an exception would get no answer."""
@@ -1053,7 +1053,7 @@ class SSERequestHandler(BaseHTTPRequestHandler):
         if words is None:
             raise Refusal(HTTPStatus.BAD_REQUEST, "malformed request line\n")
         self.command, path, self.request_version = words.groups()
-        # A page that redirects to its own path must not redirect to another host.
+        # A redirect to //evil would lead to another host (as http.server has it).
         self.path = re.sub("^//+", "/", path)
         self._read_fields(_MAX_HEAD_SIZE - len(line))
         self._slot.deadline = inf
@@ -1092,7 +1092,7 @@ class SSERequestHandler(BaseHTTPRequestHandler):
         super().send_header(keyword, value)
 
     def end_headers(self) -> None:
-        """Send the head; otherwise it would lack what every answer has here."""
+        """Send the head; otherwise it would lack Connection and CORS."""
         self.send_header("Connection", "close")
         _send_cors_headers(self)
         super().end_headers()
@@ -1127,8 +1127,8 @@ _HOSTS = rf"\*|{_NAME}|[0-9a-f]*:[0-9a-f]*:[0-9a-f:.]*"
 _ORIGINS = rf"\*|null|{_ORIGIN.pattern}"
 
 
-def _allowed(option: str, pattern: str, entries: Iterable[str]) -> set[str]:
-    """Return the entries of an option in lower case, or raise what is wrong."""
+def _entries(option: str, pattern: str, entries: Iterable[str]) -> set[str]:
+    """Return what an option lists, in lower case. Raises ValueError or TypeError."""
     if isinstance(entries, str):
         raise TypeError(f"{option} must be a list, not one str")
     entries = list(entries)
@@ -1173,12 +1173,12 @@ def _check_origin(handler: SSERequestHandler) -> None:
         # The scheme does not matter: a proxy in front of us may speak TLS.
         match = _ORIGIN.fullmatch(origin.lower())
         is_own = bool(match and match[1] == handler.headers.get("Host", "").lower())
-    if not is_own and not _allowed_as(handler):
+    if not is_own and not _cors_origin(handler):
         reason = f"Origin {origin!a} is not in allowed_origins (--allow-origin)\n"
         raise Refusal(HTTPStatus.FORBIDDEN, reason)
 
 
-def _allowed_as(handler: SSERequestHandler) -> str:
+def _cors_origin(handler: SSERequestHandler) -> str:
     """Return the origin as which a page may read answers, "" if it may not."""
     origin = handler.headers.get("Origin", "").lower()
     allowed = handler.server.allowed_origins
@@ -1190,7 +1190,7 @@ def _allowed_as(handler: SSERequestHandler) -> str:
 
 def _send_cors_headers(handler: SSERequestHandler) -> None:
     """Let a page of an allowed origin read the answer (Fetch, 3.2)."""
-    origin = _allowed_as(handler)
+    origin = _cors_origin(handler)
     if handler.server.allowed_origins:
         handler.send_header("Vary", "Origin")
     if origin:
@@ -1260,8 +1260,8 @@ class SSEServer(ThreadingHTTPServer):
         self._retry_line = b"" if retry is None else encode_event(retry=retry)[:-1]
         self.max_connections = max_connections
         self.max_backlog = max_backlog
-        self.allowed_hosts = _allowed("allowed_hosts", _HOSTS, allowed_hosts)
-        self.allowed_origins = _allowed("allowed_origins", _ORIGINS, allowed_origins)
+        self.allowed_hosts = _entries("allowed_hosts", _HOSTS, allowed_hosts)
+        self.allowed_origins = _entries("allowed_origins", _ORIGINS, allowed_origins)
         self._slots: dict[socket.socket, _Slot] = {}
         # If a name has addresses of both families, take IPv4.
         host, port = server_address[:2]
@@ -1292,7 +1292,7 @@ class SSEServer(ThreadingHTTPServer):
         super().server_close()
         self._is_closing = True
         requests = list(self._slots.values())
-        self._end_input_due(inf)
+        self._end_late_input(inf)
         clients = [request.client for request in requests if request.client is not None]
         for client in clients:
             client.close()
@@ -1315,11 +1315,11 @@ class SSEServer(ThreadingHTTPServer):
         """End the input of requests that are late; `serve_forever` calls this often."""
         # A time-out for each read does not help: a peer may send one byte at a time.
         now = time.monotonic()
-        if now >= self._next_look:  # A look at all requests at each one would add up.
+        if now >= self._next_look:  # To look at each accept would be quadratic.
             self._next_look = now + 0.2
-            self._end_input_due(now)
+            self._end_late_input(now)
 
-    def _end_input_due(self, now: float) -> None:
+    def _end_late_input(self, now: float) -> None:
         for connection, request in list(self._slots.items()):
             if request.deadline < now:
                 with contextlib.suppress(OSError):
@@ -1343,7 +1343,7 @@ class SSEServer(ThreadingHTTPServer):
         target, arguments = self.process_request_thread, (request, client_address)
         thread = threading.Thread(target=target, args=arguments, daemon=True)
         deadline = time.monotonic() + self.head_timeout
-        # In order of arrival: whoever asks later would see many others.
+        # Decided on arrival: later, each one of a crowd would see too many others.
         is_surplus = len(self._slots) >= self.max_connections
         self._slots[request] = _Slot(thread, is_surplus, deadline)
         thread.start()
@@ -1355,7 +1355,7 @@ class SSEServer(ThreadingHTTPServer):
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Log what went wrong before or after a request."""
-        if not isinstance(sys.exc_info()[1], OSError):  # The connection is lost.
+        if not isinstance(sys.exc_info()[1], OSError):  # A lost connection is none.
             _report(logging.ERROR, "%s: the connection failed", client_address)
 
 
@@ -1440,7 +1440,7 @@ def _parser() -> argparse.ArgumentParser:
 def _publish_lines(channel: Channel) -> None:
     """Publish each line of standard input as soon as it is there, until its end."""
     # A file of our own: a thread inside sys.stdin at exit would abort the process.
-    # The end comes, too, if it cannot be read, or when the channel is closed.
+    # Input that cannot be read ends this, too, and so does a closed channel.
     with contextlib.suppress(OSError, RuntimeError), os.fdopen(os.dup(0), "rb") as file:
         for line in file:
             channel.publish(line.decode(errors="replace").rstrip("\r\n"))
