@@ -29,7 +29,7 @@ kinds of threads do the work:
 
 Any thread may write to a stream, under the lock of its Client. A thread that needs
 several locks takes a client's first, then a channel's, then the I/O thread's. It never
-logs while it holds one.
+logs while it holds one. "(locked)": the caller holds the lock of the object.
 
 "Standard" means section 9.2 of HTML, https://html.spec.whatwg.org/#server-sent-events
 """
@@ -42,7 +42,6 @@ import contextlib
 import dataclasses
 import errno
 import fnmatch
-import inspect
 import io
 import ipaddress
 import logging
@@ -76,13 +75,13 @@ _Headers = Mapping[str, str]
 
 
 def _report(level: int, message: str, *arguments: object) -> None:
-    """Log; an error with its traceback. No answer may depend on a log that fails."""
+    """Log, and an error with its traceback. A log that fails must cost no answer."""
     with contextlib.suppress(Exception):
         logger.log(level, message, *arguments, exc_info=level >= logging.ERROR)
 
 
 def _attempt(stream: object, step: Callable[..., object], *arguments: object) -> None:
-    """Call `step(*arguments)`. If that fails, it costs no more than this stream."""
+    """Call `step(*arguments)`. If that fails, log it, and cut off `stream`, if any."""
     try:
         step(*arguments)
     except Exception:
@@ -184,7 +183,7 @@ class _IOThread:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()  # guards changes of these, and start and end
-        self._thread: threading.Thread | None = None  # that runs, or has ended last
+        self._thread: threading.Thread | None = None  # It runs, or it was the last one.
         self._is_running = False
         self._streams: set[Client] = set()
         self._scheduled: dict[Client | Channel, None] = {}  # in this order
@@ -208,7 +207,7 @@ class _IOThread:
             self._scheduled[each] = None
 
     def has_room(self) -> bool:
-        """Tell whether one more stream can be watched; select() takes few."""
+        """Tell whether one more stream can be watched; Windows selects from 512."""
         is_select = issubclass(selectors.DefaultSelector, selectors.SelectSelector)
         return not is_select or len(self._streams) < 500  # noqa: PLR2004
 
@@ -280,8 +279,7 @@ _io_thread = _IOThread()
 # --- 3. A stream ------------------------------------------------------------------
 #
 # A frame is an event or a comment, in bytes. What the kernel does not take at once
-# waits in the backlog. "(locked)" means that the caller holds the lock of the object. A
-# stream is in one of these states, and only moves on:
+# waits in the backlog. A stream is in one of these states, and only moves on:
 
 _PENDING = 0  # Nothing was sent, not even the head: the program may still refuse.
 _OPEN = 1  # Any thread may send.
@@ -318,7 +316,7 @@ class Client:
         self._server = handler.server
         self._socket = handler.connection
         self._own_thread = threading.get_ident()
-        self._log_request: Callable[[int], object] = handler.log_request
+        self._log_request: Callable[[int], object] | None = handler.log_request
 
         # Guards writing to the socket, and changes of what follows.
         self._lock = threading.Lock()
@@ -332,7 +330,7 @@ class Client:
         self._backlog_size = 0  # bytes
         self._taken = 0  # bytes that the kernel has taken so far
         self._last_progress = time.monotonic()  # when the kernel took bytes
-        self._waits_for_reader = False  # whether the selector watches it for writing
+        self._watches_writing = False  # whether _on_ready is called for writing, too
         self._received = 0  # bytes from the peer, which should send none
         self._reset_reason = ""
         self._callbacks: list[_Callback] = []
@@ -375,7 +373,7 @@ class Client:
                 self._write(frames)
             else:
                 self._lose("its backlog is over max_backlog")
-            end = self._taken + self._backlog_size  # of its bytes, not of later ones
+            end = self._taken + self._backlog_size  # what the kernel then has taken
             if is_own_thread:
                 self._changed.wait_for(
                     lambda: self._taken >= end or self._state >= _LOST
@@ -453,7 +451,7 @@ class Client:
             # Each part costs memory and a system call, so small ones are joined.
             rest = memoryview(b"".join((self._backlog.pop(), rest)))
         self._backlog.append(rest)
-        if not self._waits_for_reader:
+        if not self._watches_writing:
             _io_thread.schedule(self)  # It goes on when the socket takes more.
 
     def _write_piece(self) -> bool:
@@ -483,7 +481,7 @@ class Client:
             self._channel._remove(self)
             self._channel = None
         self._backlog.clear()
-        self._waits_for_reader = False
+        self._watches_writing = False
         with contextlib.suppress(OSError):
             if self._reset_reason:
                 # To linger for 0 seconds is to send an RST.
@@ -495,34 +493,34 @@ class Client:
         self._enter(_ENDED)
 
     def _send_more(self) -> None:
-        """Send what comes next: backlog, channel's piece, last chunk (I/O thread)."""
+        """Send in this order: the backlog, a piece, the last chunk (I/O thread)."""
         with self._lock:
             if self._backlog and self._state < _LOST:
                 backlog, self._backlog, self._backlog_size = self._backlog, [], 0
-                for part in backlog:
-                    self._write_bytes(part)  # What is not taken comes to the backlog.
+                for part in backlog:  # What is not taken forms the new backlog.
+                    self._write_bytes(part)
                 self._changed.notify_all()
             may_have_more = self._write_piece()
             is_at_end = self._state == _CLOSING and self._place >= self._last_place
             if is_at_end and not self._backlog and self._is_chunked:
                 self._is_chunked = False
                 self._write_bytes(_LAST_CHUNK)
-            waits_for_reader = may_have_more or bool(self._backlog)
-            if self._state == _LOST or (is_at_end and not waits_for_reader):
+            watches_writing = may_have_more or bool(self._backlog)
+            if self._state == _LOST or (is_at_end and not watches_writing):
                 self._end()
-            elif self._state < _LOST and waits_for_reader != self._waits_for_reader:
-                self._waits_for_reader = waits_for_reader
-                _io_thread.watch_for_writing(self, waits_for_reader)
+            elif self._state < _LOST and watches_writing != self._watches_writing:
+                self._watches_writing = watches_writing
+                _io_thread.watch_for_writing(self, watches_writing)
 
     def _offer(self, piece: _Piece) -> None:
-        """Send what is fanned out: _send_more() in fewer calls (I/O thread)."""
+        """Send a piece that is fanned out, by few calls if it is next (I/O thread)."""
         with self._lock:
             keeps_up = self._place == piece.begin and not self._backlog
             if keeps_up and self._state == _OPEN:
                 self._place = piece.end
                 self._write(piece.frames, piece.chunk)
                 return
-        if not self._waits_for_reader:
+        if not self._watches_writing:
             self._send_more()
 
     def _on_ready(self, events: int) -> None:
@@ -549,13 +547,13 @@ class Client:
         """Send a keep-alive comment, or cut the stream off, when due (I/O thread)."""
         with self._lock:
             idle = now - self._last_progress
-            if self._waits_for_reader and idle >= self.stall_timeout:
+            if self._watches_writing and idle >= self.stall_timeout:
                 self._lose("it has stopped reading")
-            elif not self._waits_for_reader and idle >= (self._server.keepalive or inf):
+            elif not self._watches_writing and idle >= (self._server.keepalive or inf):
                 if self._state == _OPEN:
                     self._write(encode_comment("keep-alive"))
                 self._write_head()
-        if self._waits_for_reader:
+        if self._watches_writing:
             # Linux calls a socket writable only when a third of its buffer is free.
             self._send_more()
 
@@ -591,8 +589,9 @@ class Client:
 
     def _log_once(self, status: int = HTTPStatus.OK) -> None:
         """Log the request, now that it is refused, or cannot be any more."""
-        log_request, self._log_request = self._log_request, lambda status: None
-        _attempt(None, log_request, status)
+        if self._log_request is not None:
+            _attempt(None, self._log_request, status)
+        self._log_request = None
 
 
 # --- 4. A channel -----------------------------------------------------------------
@@ -605,7 +604,6 @@ class Client:
 #        _floor                                  _fanned_out        _newest
 #   -------+----------------+---------------------------+--------------+
 #    dropped     place of a slow reader     place of all others    just published
-# One piece, encoded once, serves all clients that keep up.
 
 
 class _Event(NamedTuple):
@@ -637,8 +635,8 @@ class Channel:
         self._lock = threading.Lock()  # guards changes of what follows
         # Wakes publish(): the I/O thread has moved on.
         self._changed = threading.Condition(self._lock)
-        # By number: the events that are kept, and the one before them, whose reader has
-        # missed nothing, either. At first number 0 stands for it.
+        # By number: the events that are kept, and the last one before them, for its ID.
+        # A client with that ID has missed nothing. At first that is number 0.
         self._log = {0: _Event(f"{self._epoch}-0", b"")}
         self._numbers = {self._log[0].id: 0}  # by ID
         self._newest = 0
@@ -667,7 +665,7 @@ class Channel:
         """Send an event to all subscribers and return its ID.
 
         The arguments and errors are those of `encode_event`; the default is a new ID.
-        This waits for no reader, but while the I/O thread is `history` events behind.
+        This waits for no reader, only while the I/O thread is `history` events behind.
         Raises RuntimeError if the channel is closed.
         """
         with self._lock:
@@ -722,7 +720,7 @@ class Channel:
                 else:
                     place, first = self._floor, gap
                 if place == self._newest:
-                    # To come back with; without data it is no event (9.2.6).
+                    # No event follows. The ID alone is for its reconnect (9.2.6).
                     first += encode_event(id=self._log[place].id)
                 client._channel, client._place, client._last_place = self, place, inf
                 self._clients[client] = None
@@ -839,6 +837,11 @@ def _undo_latin_1(text: str) -> str:
         return text
 
 
+class _Sink(io.BufferedIOBase):  # for what must not be sent
+    def write(self, data: Any) -> int:
+        return len(data)
+
+
 class SSERequestHandler(BaseHTTPRequestHandler):
     """Answers a GET of the server's path with an event stream, other GETs with "okay".
 
@@ -853,7 +856,7 @@ class SSERequestHandler(BaseHTTPRequestHandler):
     _write_timeout = 30.0  # seconds for one write; reading has deadlines
     wbufsize = 0  # What a handler writes leaves at once.
     _is_answered = False
-    _may_have_input = True  # or other input that may be unread
+    _may_have_input = True  # that is not read yet
 
     def do_GET(self) -> None:
         """Serve the event stream on the server's path, `serve_plain()` elsewhere."""
@@ -912,7 +915,8 @@ class SSERequestHandler(BaseHTTPRequestHandler):
             on_connection = on_connection or self.server.on_connection
             self._hold_stream(Client(self, head, is_chunked), on_connection)
             return
-        self.log_request(HTTPStatus.OK)
+        _attempt(None, self.log_request, HTTPStatus.OK)
+        self._is_answered = True
         self.wfile.write(head)
         if self.command != "HEAD":
             # An EventSource comes back after the end of a stream, but not after 503.
@@ -923,22 +927,21 @@ class SSERequestHandler(BaseHTTPRequestHandler):
     def _hold_stream(self, client: Client, on_connection: _Callback | None) -> None:
         """Run the program's part, then sleep until the stream has ended."""
         self.connection.setblocking(False)
-        # If the peer does not acknowledge what it is sent within 30 seconds, the kernel
-        # ends the connection. Its default is some 15 minutes.
+        # If 30 s pass without an acknowledgement, the peer is gone. (Default: 15 min.)
         with contextlib.suppress(AttributeError, OSError):  # Only Linux has it.
             self.connection.setsockopt(socket.SOL_TCP, socket.TCP_USER_TIMEOUT, 30_000)
         _io_thread.add(client)
+        self._is_answered = True
         self._slot.client = client
         if self.server._is_closing:  # server_close() may have missed this client.
             client.close()
         # The client reads and writes from now on. An open file would defer its RST.
         self.rfile.close()
-        self.wfile = io.BytesIO()
+        self.rfile = self.wfile = _Sink()
         try:
             result = on_connection(client) if on_connection else None
             if isinstance(result, (Awaitable, Generator, AsyncGenerator)):
-                if inspect.iscoroutine(result):
-                    result.close()  # It would warn that nobody awaits it.
+                getattr(result, "close", bool)()  # A coroutine would warn otherwise.
                 raise TypeError("on_connection must be a plain function")
             client.wait()
         except Refusal as refusal:
@@ -948,8 +951,7 @@ class SSERequestHandler(BaseHTTPRequestHandler):
                 _report(logging.ERROR, "%s: too late for %r", client.address, refusal)
         except Exception as error:
             if not (isinstance(error, BrokenPipeError) and client.closed):
-                # After a status like 500 an EventSource would not come back. So the
-                # stream ends in good order.
+                # The stream ends in good order: after 500 no EventSource comes back.
                 _report(logging.ERROR, "%s: on_connection failed", client.address)
         finally:
             client._finish()
@@ -970,7 +972,7 @@ class SSERequestHandler(BaseHTTPRequestHandler):
         # int() is not for a number of 30,000 digits.
         if len(length) > 18 or int(length) > max_size:  # noqa: PLR2004
             raise Refusal(HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
-        if self.rfile.closed:
+        if self._slot.client is not None:
             raise RuntimeError("read_body() must come before serve_stream()")
         self.connection.settimeout(self.server.body_timeout + 1)  # if nobody looks
         self._slot.deadline = time.monotonic() + self.server.body_timeout
@@ -985,7 +987,8 @@ class SSERequestHandler(BaseHTTPRequestHandler):
     def _build_head(self, status: int, headers: _Headers) -> bytes:
         """Return a head, without sending it."""
         head = io.BytesIO()
-        wfile, self.wfile = self.wfile, head
+        before = self.wfile, self._is_answered
+        self.wfile = head
         self._headers_buffer: list[bytes] = []  # A head that has begun is dropped.
         try:
             self.send_response_only(status)
@@ -995,7 +998,7 @@ class SSERequestHandler(BaseHTTPRequestHandler):
                 self.send_header(name, value)
             self.end_headers()
         finally:
-            self.wfile = wfile
+            self.wfile, self._is_answered = before
         return head.getvalue()
 
     def _build_text(self, status: int, text: str, headers: _Headers) -> bytes:
@@ -1005,13 +1008,13 @@ class SSERequestHandler(BaseHTTPRequestHandler):
         if body:
             fields["Content-Type"] = "text/plain; charset=utf-8"
             fields["Content-Length"] = str(len(body))
-        return self._build_head(status, fields) + (
-            b"" if self.command == "HEAD" else body
-        )
+        head = self._build_head(status, fields)
+        return head if self.command == "HEAD" else head + body
 
     def _answer(self, status: int, text: str, headers: _Headers) -> None:
         answer = self._build_text(status, text, headers)
         _attempt(None, self.log_request, status)
+        self._is_answered = True
         self.wfile.write(answer)
 
     # These override methods of http.server, and say what would go wrong without them.
@@ -1053,7 +1056,7 @@ class SSERequestHandler(BaseHTTPRequestHandler):
         if words is None:
             raise Refusal(HTTPStatus.BAD_REQUEST, "malformed request line\n")
         self.command, path, self.request_version = words.groups()
-        # A redirect to //evil would lead to another host (as http.server has it).
+        # As in http.server: a redirect to //evil would lead to another host.
         self.path = re.sub("^//+", "/", path)
         self._read_fields(_MAX_HEAD_SIZE - len(line))
         self._slot.deadline = inf
@@ -1098,7 +1101,7 @@ class SSERequestHandler(BaseHTTPRequestHandler):
         super().end_headers()
         self._is_answered = True
         if self.command == "HEAD":  # It gets no body.
-            self.wfile = io.BytesIO()
+            self.wfile = _Sink()
 
     def finish(self) -> None:
         """Close in stages (RFC 9112, 9.6); otherwise an answer may be lost."""
@@ -1134,32 +1137,32 @@ def _entries(option: str, pattern: str, entries: Iterable[str]) -> set[str]:
     entries = list(entries)
     for entry in entries:
         if not (entry.isascii() and re.fullmatch(pattern, entry.lower())):
-            raise ValueError(f"{option}: {entry!r} is nothing that a browser sends")
+            raise ValueError(f"{option}: no browser sends {entry!r}")
     return {entry.lower() for entry in entries}
 
 
 def _check_host(handler: SSERequestHandler) -> None:
     """Refuse a request whose Host is not ours."""
-    # A page can point its own host name at 127.0.0.1 ("DNS rebinding"). The browser
-    # then believes that page and server have the same origin, but Host is that name.
+    # A page could point its own host name at 127.0.0.1, to be of the same origin.
     hosts = handler.headers.get_all("Host", [])
     if len(hosts) != 1 and (hosts or handler.request_version != "HTTP/1.0"):
         raise Refusal(HTTPStatus.BAD_REQUEST, "one Host is needed\n")  # RFC 9112, 3.2
-    allowed = handler.server.allowed_hosts
-    # On a network a machine may have many names, and we cannot know them.
-    address = handler.connection.getsockname()[0]
-    is_checked = allowed or address.startswith(("127.", "::1", "::ffff:127."))
-    if not hosts or not is_checked or "*" in allowed:
+    if not hosts:
         return
+    allowed = handler.server.allowed_hosts
     match = _HOST.fullmatch(hosts[0].lower())
     name = re.sub(r"\.$", "", match[1]) if match else ""
-    if name in allowed or name == "localhost" or name.endswith(".localhost"):
+    is_local = name == "localhost" or name.endswith(".localhost")
+    if is_local or name in allowed or "*" in allowed:
         return
-    try:
+    with contextlib.suppress(ValueError):
         ipaddress.ip_address(name.strip("[]"))
-    except ValueError:
+        return  # No page can have this as its name.
+    # On a network a machine may have many names, and we cannot know them.
+    address = handler.connection.getsockname()[0]
+    if allowed or address.startswith(("127.", "::1", "::ffff:127.")):
         reason = f"Host {hosts[0]!a} is not in allowed_hosts (--allow-host)\n"
-        raise Refusal(HTTPStatus.FORBIDDEN, reason) from None
+        raise Refusal(HTTPStatus.FORBIDDEN, reason)
 
 
 def _check_origin(handler: SSERequestHandler) -> None:
@@ -1230,8 +1233,7 @@ class SSEServer(ThreadingHTTPServer):
 
     # With the 5 of http.server, many at once would have to try again a second later.
     request_queue_size = 65535
-    # Two servers must not share a port, as SO_REUSEADDR would let them on Windows.
-    allow_reuse_address, allow_reuse_port = os.name == "posix", False
+    allow_reuse_address = os.name == "posix"  # Windows would share the port.
     head_timeout = 10.0  # seconds in which the head of a request must come
     body_timeout = 30.0  # seconds in which its body must come
     closing_grace = 1.0  # seconds that server_close() gives readers, and then requests
@@ -1268,13 +1270,13 @@ class SSEServer(ThreadingHTTPServer):
         found = socket.getaddrinfo(host or "0.0.0.0", port, type=socket.SOCK_STREAM)
         found.sort(key=lambda info: info[0] != socket.AF_INET)
         self.address_family, *_, address = found[0]
-        bindable: Any = (address[0], port, *address[2:])  # It takes 70000 for 4464.
+        bindable: Any = (address[0], port, *address[2:])  # `address` has port % 65536.
         super().__init__(bindable, RequestHandlerClass)
 
     @property
     def clients(self) -> frozenset[Client]:
         """The streams that are open: not those that may still be refused."""
-        clients = [request.client for request in list(self._slots.values())]
+        clients = [slot.client for slot in list(self._slots.values())]
         return frozenset(each for each in clients if each and each._state == _OPEN)
 
     def run(self) -> None:
@@ -1288,12 +1290,12 @@ class SSEServer(ThreadingHTTPServer):
                 signal.signal(number, handler or signal.SIG_DFL)
 
     def server_close(self) -> None:
-        """End every stream in good order, cut off stuck ones, wait for all threads."""
+        """End every stream in good order, cut off slow ones, await the threads."""
         super().server_close()
         self._is_closing = True
-        requests = list(self._slots.values())
+        slots = list(self._slots.values())
         self._end_late_input(inf)
-        clients = [request.client for request in requests if request.client is not None]
+        clients = [slot.client for slot in slots if slot.client is not None]
         for client in clients:
             client.close()
         deadline = time.monotonic() + self.closing_grace
@@ -1301,7 +1303,7 @@ class SSEServer(ThreadingHTTPServer):
             client._wait_for_end(deadline - time.monotonic())
             client._cut_off("the server is closing")
         deadline = time.monotonic() + self.closing_grace
-        for thread in [request.thread for request in requests]:
+        for thread in [slot.thread for slot in slots]:
             if thread.is_alive() and thread is not threading.current_thread():
                 thread.join(max(deadline - time.monotonic(), 0))
         _io_thread.join(self.closing_grace)
@@ -1320,8 +1322,8 @@ class SSEServer(ThreadingHTTPServer):
             self._end_late_input(now)
 
     def _end_late_input(self, now: float) -> None:
-        for connection, request in list(self._slots.items()):
-            if request.deadline < now:
+        for connection, slot in list(self._slots.items()):
+            if slot.deadline < now:
                 with contextlib.suppress(OSError):
                     connection.shutdown(socket.SHUT_RD)
 
@@ -1355,7 +1357,7 @@ class SSEServer(ThreadingHTTPServer):
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Log what went wrong before or after a request."""
-        if not isinstance(sys.exc_info()[1], OSError):  # A lost connection is none.
+        if not isinstance(sys.exc_info()[1], OSError):  # That is a lost connection.
             _report(logging.ERROR, "%s: the connection failed", client_address)
 
 
@@ -1378,8 +1380,7 @@ def _shut_down_by_signals(server: SSEServer) -> dict[int, Any]:
         # have interrupted Thread.start(), which must not be entered twice.
         _thread.start_new_thread(server.shutdown, ())
 
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    return {number: signal.signal(number, stop) for number in numbers}
+    return {n: signal.signal(n, stop) for n in (signal.SIGINT, signal.SIGTERM)}
 
 
 # --- 8. The command line ----------------------------------------------------------
@@ -1439,8 +1440,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _publish_lines(channel: Channel) -> None:
     """Publish each line of standard input as soon as it is there, until its end."""
-    # A file of our own: a thread inside sys.stdin at exit would abort the process.
-    # Input that cannot be read ends this, too, and so does a closed channel.
+    # Not sys.stdin: a thread that is inside it at exit would abort the process.
     with contextlib.suppress(OSError, RuntimeError), os.fdopen(os.dup(0), "rb") as file:
         for line in file:
             channel.publish(line.decode(errors="replace").rstrip("\r\n"))
