@@ -56,7 +56,7 @@ import struct
 import sys
 import threading
 import time
-from collections.abc import AsyncGenerator, Awaitable, Generator
+from collections.abc import AsyncGenerator, Awaitable, Coroutine, Generator
 from http import HTTPStatus
 from http.client import HTTPMessage
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -570,9 +570,9 @@ class Client:
         with self._lock:
             if self._state != _PENDING:
                 return False
-            self._head, self._retry_line, self._is_chunked = answer, b"", False
-            self._write(b"")
             self._enter(_CLOSING)  # No other thread may add to the answer.
+            self._head, self._is_chunked = answer, False
+            self._write(b"")
             return True
 
     def _finish(self) -> None:
@@ -675,10 +675,10 @@ class Channel:
             if self._closed:
                 raise RuntimeError("the channel is closed")
             number = self._newest + 1
-            if id is None and data is not None:
-                id = f"{self._epoch}-{number}"
+            id = f"{self._epoch}-{number}" if id is None and data is not None else id
             frame = encode_event(data, event=event, id=id)
-            kept_id = str(id) or f"{self._epoch}-{number}"  # Nobody comes back with "".
+            sent_id = _field("id", id)[4:-1]  # type: ignore[arg-type]
+            kept_id = sent_id or f"{self._epoch}-{number}"  # Who could resume from ""?
             self._log[number] = _Event(kept_id, frame)
             self._numbers[kept_id] = number
             self._newest = number
@@ -691,7 +691,7 @@ class Channel:
                 _io_thread.schedule(self)
             else:
                 self._fanned_out = number
-            return str(id)
+            return sent_id
 
     def subscribe(
         self, client: Client, *, after: str | int | None = None, last: float = 0
@@ -791,8 +791,7 @@ class Channel:
 
 # --- 5. A request -----------------------------------------------------------------
 #
-# http.server reads a head with the parser for e-mail, which fails on some heads and
-# stops at a malformed line without a word. So the head is read here, and strictly.
+# http.server reads heads with the parser for e-mail, which is neither strict nor safe.
 
 _TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # RFC 9110, 5.6.2
 # RFC 9112, 3 and 5. A line may end in LF alone (2.2).
@@ -927,8 +926,8 @@ class SSERequestHandler(BaseHTTPRequestHandler):
     def _hold_stream(self, client: Client, on_connection: _Callback | None) -> None:
         """Run the program's part, then sleep until the stream has ended."""
         self.connection.setblocking(False)
-        # If 30 s pass without an acknowledgement, the peer is gone. (Default: 15 min.)
-        with contextlib.suppress(AttributeError, OSError):  # Only Linux has it.
+        # Linux takes a peer for lost that takes nothing for 30 s, not some 15 minutes.
+        with contextlib.suppress(AttributeError, OSError):
             self.connection.setsockopt(socket.SOL_TCP, socket.TCP_USER_TIMEOUT, 30_000)
         _io_thread.add(client)
         self._is_answered = True
@@ -941,7 +940,8 @@ class SSERequestHandler(BaseHTTPRequestHandler):
         try:
             result = on_connection(client) if on_connection else None
             if isinstance(result, (Awaitable, Generator, AsyncGenerator)):
-                getattr(result, "close", bool)()  # A coroutine would warn otherwise.
+                if isinstance(result, (Coroutine, Generator)):
+                    result.close()  # A coroutine would warn that it was not awaited.
                 raise TypeError("on_connection must be a plain function")
             client.wait()
         except Refusal as refusal:
@@ -1228,7 +1228,7 @@ class SSEServer(ThreadingHTTPServer):
     `"*"`. If you give any, other names get 403, else only on loopback addresses.
     `allowed_origins`: of other pages that may read streams and send requests, such as
     `"https://app.example"`. `"*"` allows all pages, but without cookies.
-    Raises ValueError or TypeError for what makes no sense, OSError if it cannot listen.
+    Raises ValueError or TypeError for a mistake in these, OSError if it cannot listen.
     """
 
     # With the 5 of http.server, many at once would have to try again a second later.

@@ -1187,7 +1187,8 @@ class AChannel(ChannelCase):
         for fields in ({}, {"event": "x"}, {"data": "\ud800"}, {**text, "id": " "}):
             with self.subTest(fields), self.assertRaises(ValueError):
                 channel.publish(**fields)
-        ids = [channel.publish("x", id=id_) for id_ in ("ü/1", 7, 7, "", None, None)]
+        given = "ü/1", 7, lying(int)(7), "", None, None
+        ids = [channel.publish("x", id=id_) for id_ in given]
         # The refused ones have used up no number, those with other names have.
         self.assertEqual(first, f"{epoch}-1")
         self.assertEqual(ids, ["ü/1", "7", "7", "", f"{epoch}-6", f"{epoch}-7"])
