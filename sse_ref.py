@@ -24,8 +24,7 @@ kinds of threads do the work:
   * The request's own thread reads the head, calls the program's `on_connection(client)`
     and then sleeps until the stream has ended.
   * The I/O thread, one per process, waits for all open streams. It writes what channels
-    publish and what slow readers could not take at first, notices readers that leave,
-    sends keep-alive comments, and ends streams.
+    publish and what slow readers left, sends keep-alive comments, and ends streams.
 
 Any thread may write to a stream, under the lock of its Client. A thread that needs
 several locks takes a client's first, then a channel's, then the I/O thread's. It never
@@ -68,7 +67,6 @@ __all__ = ["Channel", "Client", "Refusal", "SSERequestHandler", "SSEServer"]
 __all__ += ["encode_comment", "encode_event"]
 
 __version__ = "3.0"
-
 logger = logging.getLogger("sse_ref")
 _Callback = Callable[["Client"], object]
 _Headers = Mapping[str, str]
@@ -1374,11 +1372,13 @@ def _check_options(function: Any, handler: Any, keepalive: Any) -> None:
 
 def _shut_down_by_signals(server: SSEServer) -> dict[int, Any]:
     """Have SIGINT and SIGTERM call `server.shutdown()`; return the old handlers."""
+    begun: list[int] = []
 
     def stop(*_: object) -> None:
-        # shutdown() waits for serve_forever(), which runs in this thread. And this may
-        # have interrupted Thread.start(), which must not be entered twice.
-        _thread.start_new_thread(server.shutdown, ())
+        # shutdown() waits for serve_forever() in this thread, and this may have
+        # interrupted Thread.start(). A second one might begin as the interpreter exits.
+        if not begun:
+            begun.append(_thread.start_new_thread(server.shutdown, ()))
 
     return {n: signal.signal(n, stop) for n in (signal.SIGINT, signal.SIGTERM)}
 
