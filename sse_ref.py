@@ -24,7 +24,7 @@ kinds of threads do the work:
   * The request's own thread reads the head, calls the program's `on_connection(client)`
     and then sleeps until the stream has ended.
   * The I/O thread, one per process, waits for all open streams. It writes what channels
-    publish and what slow readers left, sends keep-alive comments, and ends streams.
+    publish and the backlogs, sends keep-alives, notices who leaves, and ends streams.
 
 Any thread may write to a stream, under the lock of its Client. A thread that needs
 several locks takes a client's first, then a channel's, then the I/O thread's. It never
@@ -1375,8 +1375,8 @@ def _shut_down_by_signals(server: SSEServer) -> dict[int, Any]:
     begun: list[int] = []
 
     def stop(*_: object) -> None:
-        # shutdown() waits for serve_forever() in this thread, and this may have
-        # interrupted Thread.start(). A second one might begin as the interpreter exits.
+        # shutdown() waits for serve_forever(), and this may have interrupted
+        # Thread.start(). A second thread that begins at exit could crash Python.
         if not begun:
             begun.append(_thread.start_new_thread(server.shutdown, ()))
 
