@@ -2779,11 +2779,13 @@ class AClosingServer(ServerCase):
             self.addCleanup(signal.signal, number, signal.signal(number, handler))
         for number in numbers:
             server = SSEServer(("127.0.0.1", 0), on_connection)
+            server.shutdown = mock.Mock(wraps=server.shutdown)
             with contextlib.closing(Peer(server)) as peer:
                 stopping = start_threads(lambda p=peer, n=number: stop(p, n))
                 server.run()
                 join(stopping)
                 peer.finish()
+            server.shutdown.assert_called_once()
             self.assertEqual([signal.getsignal(each) for each in numbers], before)
         # A child that starts during the end would go on ignoring signals.
         self.assertNotIn(signal.SIG_IGN, meanwhile)
